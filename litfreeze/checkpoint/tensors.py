@@ -1,0 +1,266 @@
+"""Tensor files: read one tensor at a time, write one tensor at a time.
+
+Reading maps the file, so a tensor costs memory only where it is touched and only while it is held. Writing follows the
+safetensors format by hand because its library wants every tensor at once."""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from litfreeze.errors import UsageError
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+
+PIECE = 64 * 1024**2  # bytes in memory at once when a tensor is cast, hashed and written
+
+
+class TensorFile:
+    """One .safetensors file, or one pickled .bin/.pth read with `weights_only=True`.
+
+    `layout` is known on opening; `read(name)` maps the file and returns the tensor, backed by the file. Raises
+    UsageError, naming the file, if it is absent, truncated or not what its name says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist.")
+        try:
+            self.layout = self._safetensors_layout() if path.suffix == ".safetensors" else self._pickle_layout()
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path} is truncated or no safetensors file ({error}). Download it again.") from None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, on the CPU, mapped (changing it in memory leaves the file alone)."""
+        if self.path.suffix == ".safetensors":
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(name)
+        return self._unpickle()[name]
+
+    def _safetensors_layout(self) -> Layout:
+        with safe_open(self.path, framework="pt") as file:
+            layout: Layout = {}
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                part = file.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise UsageError(f"{self.path}: {name} is stored as {part.get_dtype()}, which litfreeze cannot use.")
+                layout[name] = DTYPES[part.get_dtype()], tuple(part.get_shape())
+        return layout
+
+    def _pickle_layout(self) -> Layout:
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._unpickle().items()}
+
+    def _unpickle(self) -> dict[str, Tensor]:
+        try:
+            try:
+                content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                content = torch.load(self.path, map_location="cpu", weights_only=True)  # a file from before torch 1.6
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0][:160]
+            raise UsageError(f"{self.path} is truncated, or holds more than plain tensors ({reason}).") from None
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise UsageError(f"{self.path} does not hold a flat dict of tensors.")
+        return content
+
+
+class TensorDirectory(Mapping):
+    """The tensors of a directory by name, over one file or an index of several.
+
+    `stems` are file names to look for, best first: "model.safetensors" also finds "model.safetensors.index.json".
+    Raises UsageError if none is there, or a file of the index is missing or outside the directory."""
+
+    def __init__(self, path: Path, stems: Iterable[str]) -> None:
+        self.path = path
+        self.files: dict[str, TensorFile] = {}  # tensor name -> file
+        for file in self._find(list(stems)):
+            for name in file.layout:
+                if name in self.files:
+                    raise UsageError(f"{file.path}: {name} also stands in {self.files[name].path.name}.")
+                self.files[name] = file
+
+    def _find(self, stems: list[str]) -> Iterator[TensorFile]:
+        for stem in stems:
+            if (self.path / stem).is_file():
+                yield TensorFile(self.path / stem)
+                return
+            index = self.path / f"{stem}.index.json"
+            if index.is_file():
+                yield from self._indexed(index)
+                return
+        raise UsageError(f"{self.path} has no weights: looked for {', '.join(stems)} and their .index.json.")
+
+    def _indexed(self, index: Path) -> Iterator[TensorFile]:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{index} is no index of tensor files ({type(error).__name__}: {error}).") from None
+        for name in names:
+            if Path(name).name != name:
+                raise UsageError(f"{index} points outside its directory: {name!r}.")
+            file = TensorFile(self.path / name)
+            if absent := [t for t, f in weight_map.items() if f == name and t not in file.layout]:
+                raise UsageError(f"{file.path} lacks {absent[0]}, which {index.name} says it holds.")
+            yield file
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.files[name].read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def layout(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        return self.files[name].layout[name]
+
+
+def write_tensors(
+    directory: Path,
+    stem: str,
+    layout: Layout,
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int = 5 * 10**9,
+) -> dict[str, str]:
+    """Writes `layout`, in its order, to `stem`.safetensors, or to numbered shards with an index.
+
+    `read(name)` gives each tensor when its turn comes; it is cast to the layout's dtype piece by piece, so that memory
+    holds one tensor and 64 MiB. Files are fsynced. Returns sha256 of each tensor's bytes, by name."""
+    shards = _shards(layout, max_shard_bytes)
+    hashes: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = directory / f"{stem}{part}.safetensors"
+        _write_shard(file, {name: layout[name] for name in names}, read, hashes)
+        weight_map |= dict.fromkeys(names, file.name)
+    if len(shards) > 1:
+        total = sum(_nbytes(*entry) for entry in layout.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(directory / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    return hashes
+
+
+def _shards(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in layout.items():
+        nbytes = _nbytes(*entry)
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * torch.Size(shape).numel()
+
+
+def _write_shard(file: Path, layout: Layout, read: Callable[[str], Tensor], hashes: dict[str, str]) -> None:
+    """safetensors: the header's length (8 bytes, little-endian), the header (JSON), the tensors' bytes."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in layout.items():
+        end = offset + _nbytes(dtype, shape)
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, shape) in layout.items():
+            tensor = read(name)
+            assert tuple(tensor.shape) == tuple(shape), f"{name}: {tuple(tensor.shape)} is not {tuple(shape)}"
+            digest = hashlib.sha256()
+            for piece in pieces(tensor, dtype):
+                digest.update(piece)
+                out.write(piece)
+            hashes[name] = digest.hexdigest()
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The bytes of `tensor` in `dtype`, row-major, about 64 MiB at a time."""
+    rows = tensor.detach().reshape(-1) if tensor.ndim < 2 else tensor.detach()
+    step = max(1, PIECE // max(1, rows[:1].numel() * dtype.itemsize))
+    for part in rows.split(step):
+        part = part.to(device="cpu", dtype=dtype).contiguous()
+        yield memoryview(part.view(-1).view(torch.uint8).numpy())
+
+
+def sha256(tensor: Tensor, dtype: torch.dtype) -> str:
+    """sha256 of the tensor's bytes in `dtype`."""
+    digest = hashlib.sha256()
+    for piece in pieces(tensor, dtype):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes aside, fsyncs and renames, so that `path` is whole or as it was."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.replace(path)
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory that appears complete or not at all: yields a hidden one beside `path`, renamed to it on success
+    and removed on failure. Raises UsageError if `path` already holds something."""
+    import shutil
+
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} is not empty. Choose another --out_dir, or move it away.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for file in aside.iterdir():
+            _fsync(file)
+        _fsync(aside)
+        aside.rename(path)
+        _fsync(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,428 @@
+"""The shape of one model, read from a Hugging Face `config.json`.
+
+A model's identity is what its config says, never its name. Every field is either honoured, known to leave the
+mathematics alone, or refused: a field that is silently dropped would be a wrong model. No heavy import here."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from litfreeze.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class RoPE:
+    """Rotary positions (Su et al., arXiv 2104.09864) and the ways to stretch them.
+
+    `n_elem` is how many of a head's dimensions rotate. `kind`: plain; linear (positions divided by `factor`); llama3
+    (low frequencies divided, as in Llama 3.1); yarn (Peng et al., arXiv 2309.00071)."""
+
+    n_elem: int
+    theta: float = 10000.0
+    kind: Literal["plain", "linear", "llama3", "yarn"] = "plain"
+    factor: float = 1.0
+    original_block_size: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything `GPT` needs to be built. Sizes in elements, `windows` in tokens (None: the block sees everything)."""
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_query_groups: int  # key/value heads: n_head is MHA, 1 is MQA, between them GQA
+    head_size: int
+    intermediate_size: int
+    norm: Literal["rmsnorm", "layernorm"]
+    norm_eps: float
+    mlp: Literal["gated", "plain"]
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    rope: Optional[RoPE]  # None: learned positions
+    windows: tuple[Optional[int], ...]
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    parallel_residual: bool = False
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Config":
+        """The config of `path`, a `config.json`. Raises UsageError, naming the file."""
+        return cls.from_hf(read_json(path), str(path))
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "Config":
+        """The config that the Hugging Face dict `hf` describes. Raises UsageError for an architecture that is not
+        supported and for any field that would change the model and is not honoured; `source` names it."""
+        fields = _Fields(hf, source)
+        model_type = fields.take("model_type", None)
+        if model_type not in FAMILIES:
+            raise UsageError(
+                f"{source}: model_type {model_type!r} is not supported.{did_you_mean(model_type, FAMILIES)} "
+                f"Supported: {', '.join(FAMILIES)}."
+            )
+        for architecture in fields.take("architectures", None) or ():
+            if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+                raise UsageError(f"{source}: architecture {architecture} is not a causal language model.")
+        config = FAMILIES[model_type](fields, model_type)
+        fields.refuse_the_rest()
+        _check(config, source)
+        return config
+
+
+# --- one function per shape of config.json -----------------------------------------------------------------------
+
+
+def _llama_like(fields: "_Fields", model_type: str) -> Config:
+    """Llama, Mistral, Qwen2 and Qwen3: one block, told apart by biases, q/k norm and windows."""
+    n_embd, n_head, n_layer = (
+        fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    # Qwen3's head size has a default of its own; the others derive it
+    head_size = fields.size("head_dim", 128 if model_type == "qwen3" else n_embd // n_head)
+    block_size = fields.size("max_position_embeddings")
+    attention_bias = False if model_type in ("mistral", "qwen2") else bool(fields.take("attention_bias", False))
+    return Config(
+        vocab_size=fields.size("vocab_size"),
+        block_size=block_size,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_query_groups=fields.size("num_key_value_heads", n_head),
+        head_size=head_size,
+        intermediate_size=fields.size("intermediate_size"),
+        norm="rmsnorm",
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        mlp="gated",
+        activation=fields.activation("hidden_act", "silu"),
+        rope=fields.rope(head_size, block_size),
+        windows=_windows(fields, model_type, n_layer),
+        qkv_bias=attention_bias or model_type == "qwen2",
+        o_bias=attention_bias,
+        mlp_bias=bool(fields.take("mlp_bias", False)) if model_type == "llama" else False,
+        qk_norm=model_type == "qwen3",
+        tie_embeddings=bool(fields.take("tie_word_embeddings", False)),
+        initializer_range=fields.number("initializer_range", 0.02),
+    )
+
+
+def _windows(fields: "_Fields", model_type: str, n_layer: int) -> tuple[Optional[int], ...]:
+    """Sliding windows per block: none in Llama, in every block of Mistral, by `layer_types` in Qwen."""
+    if model_type == "llama":
+        return (None,) * n_layer
+    window = fields.take("sliding_window", 4096 if model_type == "mistral" else None)
+    if model_type == "mistral":
+        return (window,) * n_layer
+    if not fields.take("use_sliding_window", False):
+        window = None
+    first = fields.take("max_window_layers", 28)
+    kinds = fields.take("layer_types", None)
+    kinds = kinds or ["sliding_attention" if window and i >= first else "full_attention" for i in range(n_layer)]
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown or len(kinds) != n_layer:
+        raise UsageError(
+            f"{fields.source}: layer_types must name sliding_attention or full_attention for each of {n_layer} "
+            f"layers; it has {len(kinds)} entries: {', '.join(sorted(set(kinds)))}."
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _gpt_neox(fields: "_Fields", _: str) -> Config:
+    n_embd, n_head, n_layer = (
+        fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    attention_bias = bool(fields.take("attention_bias", True))
+    block_size = fields.size("max_position_embeddings")
+    return Config(
+        vocab_size=fields.size("vocab_size"),
+        block_size=block_size,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_query_groups=n_head,
+        head_size=n_embd // n_head,
+        intermediate_size=fields.size("intermediate_size"),
+        norm="layernorm",
+        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        mlp="plain",
+        activation=fields.activation("hidden_act", "gelu"),
+        rope=fields.rope(n_embd // n_head, block_size, theta_key="rotary_emb_base", share_key="rotary_pct", share=0.25),
+        windows=(None,) * n_layer,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=True,
+        parallel_residual=bool(fields.take("use_parallel_residual", True)),
+        tie_embeddings=bool(fields.take("tie_word_embeddings", False)),
+        initializer_range=fields.number("initializer_range", 0.02),
+    )
+
+
+def _gpt2(fields: "_Fields", _: str) -> Config:
+    n_embd, n_head, n_layer = (fields.size(k) for k in ("n_embd", "n_head", "n_layer"))
+    fields.must_be("scale_attn_weights", True)
+    fields.must_be("scale_attn_by_inverse_layer_idx", False)
+    fields.must_be("add_cross_attention", False)
+    fields.take("reorder_and_upcast_attn", None)  # the same mathematics in another order
+    fields.take("n_ctx", None)  # an old copy of n_positions
+    return Config(
+        vocab_size=fields.size("vocab_size"),
+        block_size=fields.size("n_positions"),
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_query_groups=n_head,
+        head_size=n_embd // n_head,
+        intermediate_size=fields.size("n_inner", 4 * n_embd),
+        norm="layernorm",
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        mlp="plain",
+        activation=fields.activation("activation_function", "gelu_new"),
+        rope=None,
+        windows=(None,) * n_layer,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        tie_embeddings=bool(fields.take("tie_word_embeddings", True)),
+        initializer_range=fields.number("initializer_range", 0.02),
+    )
+
+
+FAMILIES = {
+    "llama": _llama_like,
+    "mistral": _llama_like,
+    "qwen2": _llama_like,
+    "qwen3": _llama_like,
+    "gpt_neox": _gpt_neox,
+    "gpt2": _gpt2,
+}
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+# Fields that do not change a forward pass: tokens and generation habits, bookkeeping, and the regularisation of
+# pretraining (litfreeze trains without dropout, as LitGPT does).
+HARMLESS = frozenset(
+    """
+    _name_or_path _attn_implementation _attn_implementation_autoset attn_implementation transformers_version
+    torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
+    attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop classifier_dropout summary_type summary_use_proj
+    summary_activation summary_proj_to_labels summary_first_dropout task_specific_params pretraining_tp is_llama_config
+    id2label label2id num_labels problem_type output_hidden_states output_attentions return_dict return_dict_in_generate
+    chunk_size_feed_forward tokenizer_class prefix finetuning_task transformers.js_config unsloth_version unsloth_fixed
+    temperature top_p top_k do_sample max_length min_length repetition_penalty num_beams model_max_length
+    torchscript gradient_checkpointing keys_to_ignore_at_inference is_decoder
+    """.split()
+)
+
+
+class _Fields:
+    """A config.json while it is read: hands out each field once and, at the end, refuses what nobody took."""
+
+    def __init__(self, hf: dict[str, Any], source: str) -> None:
+        self.left = dict(hf)
+        self.source = source
+
+    def take(self, key: str, default: Any) -> Any:
+        return self.left.pop(key, default)
+
+    def size(self, key: str, default: Optional[int] = None) -> int:
+        """A positive whole number; null counts as absent, as in transformers."""
+        value = self.take(key, None)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            told = "is missing" if value is None else f"is {value!r}; it must be a positive whole number"
+            raise UsageError(f"{self.source}: {key} {told}.")
+        return value
+
+    def number(self, key: str, default: float, within: Optional[dict[str, Any]] = None) -> float:
+        """A positive number."""
+        value = (self.left if within is None else within).pop(key, None)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise UsageError(f"{self.source}: {key} is {value!r}; it must be a positive number.")
+        return float(value)
+
+    def activation(self, key: str, default: str) -> str:
+        name = self.take(key, default)
+        if name not in ACTIVATIONS:
+            raise UsageError(f"{self.source}: {key} {name!r} is not supported. Supported: {', '.join(ACTIVATIONS)}.")
+        return ACTIVATIONS[name]
+
+    def must_be(self, key: str, allowed: Any) -> None:
+        value = self.take(key, allowed)
+        if value != allowed:
+            raise UsageError(f"{self.source}: {key}={value!r} is not supported, only {allowed!r}.")
+
+    def rope(
+        self,
+        head_size: int,
+        block_size: int,
+        theta_key: str = "rope_theta",
+        share_key: str = "partial_rotary_factor",
+        share: float = 1.0,
+    ) -> RoPE:
+        """Both spellings: transformers 4's rope_theta + rope_scaling, and transformers 5's rope_parameters."""
+        theta, share = self.number(theta_key, 10000.0), self.number(share_key, share)
+        scaling = {**(self.take("rope_scaling", None) or {}), **(self.take("rope_parameters", None) or {})}
+        kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+        scaling.pop("type", None)
+        theta = self.number("rope_theta", theta, scaling)
+        n_elem = int(head_size * self.number("partial_rotary_factor", share, scaling))
+        if kind == "default":
+            rope = RoPE(n_elem, theta)
+        elif kind == "linear":
+            rope = RoPE(n_elem, theta, "linear", self.number("factor", 0, scaling))
+        elif kind == "llama3":
+            rope = RoPE(
+                n_elem,
+                theta,
+                "llama3",
+                self.number("factor", 0, scaling),
+                int(self.number("original_max_position_embeddings", block_size, scaling)),
+                self.number("low_freq_factor", 0, scaling),
+                self.number("high_freq_factor", 0, scaling),
+            )
+        elif kind == "yarn":
+            rope = self._yarn(n_elem, theta, block_size, scaling)
+        else:
+            raise UsageError(
+                f"{self.source}: rope_type {kind!r} is not supported. Supported: default, linear, llama3, yarn."
+            )
+        if left := [key for key, value in scaling.items() if value is not None]:
+            raise UsageError(f"{self.source}: rope {kind!r} has fields litfreeze does not honour: {', '.join(left)}.")
+        return rope
+
+    def _yarn(self, n_elem: int, theta: float, block_size: int, scaling: dict[str, Any]) -> RoPE:
+        original = int(self.number("original_max_position_embeddings", block_size, scaling))
+        factor = self.number("factor", block_size / original, scaling)
+        mscale, mscale_all = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
+
+        def temperature(m: float) -> float:
+            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        attention_factor = temperature(mscale) / temperature(mscale_all) if mscale and mscale_all else temperature(1.0)
+        return RoPE(
+            n_elem,
+            theta,
+            "yarn",
+            factor,
+            original,
+            beta_fast=self.number("beta_fast", 32.0, scaling),
+            beta_slow=self.number("beta_slow", 1.0, scaling),
+            truncate=bool(scaling.pop("truncate", True)),
+            attention_factor=self.number("attention_factor", attention_factor, scaling),
+        )
+
+    def refuse_the_rest(self) -> None:
+        """A field nobody took must be harmless or switched off."""
+        off = (None, False, 0, "", [], {})
+        rest = {k: v for k, v in self.left.items() if k not in HARMLESS and v not in off}
+        if rest:
+            told = ", ".join(f"{k}={json.dumps(v)[:60]}" for k, v in list(rest.items())[:3])
+            raise UsageError(
+                f"{self.source}: litfreeze does not honour {told}. "
+                "If it leaves the model's mathematics alone, delete it from a copy of config.json."
+            )
+
+
+def _check(config: Config, source: str) -> None:
+    """Sizes that fit together."""
+    if config.n_head % config.n_query_groups:
+        raise UsageError(
+            f"{source}: {config.n_head} attention heads cannot be shared by {config.n_query_groups} key/value heads."
+        )
+    if config.rope is None and config.n_embd % config.n_head:
+        raise UsageError(f"{source}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}.")
+    if config.rope is not None and (config.rope.n_elem < 2 or config.rope.n_elem % 2):
+        raise UsageError(f"{source}: rotary positions need an even number of dimensions, not {config.rope.n_elem}.")
+    if any(w is not None and (not isinstance(w, int) or w < 1) for w in config.windows):
+        raise UsageError(f"{source}: sliding_window must be a positive whole number or null.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises UsageError, naming the file, if it is absent, broken or not an object."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def _llama_preset(**fields: Any) -> dict[str, Any]:
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **fields}
+
+
+# Shapes to start from random weights with `litfreeze init --preset`, written as their config.json would be.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": _llama_preset(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        vocab_size=1536,
+    ),
+    "smollm2-135m": _llama_preset(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+        vocab_size=49152,
+    ),
+    "llama-3.2-1b": _llama_preset(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        tie_word_embeddings=True,
+        vocab_size=128256,
+    ),
+}

@@ -1,0 +1,37 @@
+"""The options of `--data`. No heavy import: the command line reads this file to print its help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+
+@dataclass
+class DataArgs:
+    """Where the records are and how they become tokens.
+
+    Args:
+        path: A .json, .jsonl, .csv or .txt file, or a folder of them. `--data FILE` is short for `--data.path FILE`.
+            Without it, the embedded SNIPS set.
+        format: The shape of a record; `auto` tells it from its keys. alpaca: instruction/input/output; chat: messages
+            or conversations; completion: prompt/completion; text: text.
+        prompt_style: How a record becomes text: chat_template (the checkpoint's own), alpaca, chatml, llama3 or plain.
+            By default what the checkpoint was trained with, else its chat template, else alpaca.
+        mask_prompt: Learn from the responses only; false learns from every token.
+        max_seq_length: Longest sample in tokens; by default what the model can take.
+        overlong: A longer sample is cut at its end, or dropped. Both are counted.
+        bad_records: A record that cannot be read stops the run, or is skipped and counted.
+        val_path: Validation records from a file or folder of their own, in place of a split.
+        val_split_fraction: Share of the records kept for validation.
+        seed: Fixes the split.
+    """
+
+    path: Optional[Path] = None
+    format: Literal["auto", "alpaca", "chat", "completion", "text"] = "auto"
+    prompt_style: Optional[str] = None
+    mask_prompt: bool = True
+    max_seq_length: Optional[int] = None
+    overlong: Literal["cut", "drop"] = "cut"
+    bad_records: Literal["stop", "skip"] = "stop"
+    val_path: Optional[Path] = None
+    val_split_fraction: float = 0.1
+    seed: int = 42

@@ -1,0 +1,58 @@
+"""`litfreeze finetune full`: train the weights themselves, all of them or the chosen layers."""
+
+from pathlib import Path
+from typing import Literal, Optional, Union
+
+from litfreeze.data.args import DataArgs
+from litfreeze.train.args import EvalArgs, TrainArgs
+
+Layers = Union[int, str, list[Union[int, str]], None]
+Names = Union[str, list[str], None]
+Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+
+
+def setup(
+    checkpoint_dir: Optional[Path] = None,
+    out_dir: Optional[Path] = None,
+    trainable_layers: Layers = None,
+    trainable_modules: Names = None,
+    trainable_extra: Names = None,
+    untie_embeddings: bool = False,
+    freeze_trainable_layers: Optional[int] = None,
+    freeze_trainable_modules: Names = None,
+    freeze_extra_modules: Names = None,
+    freeze_trainable_layers_ids: Layers = None,
+    data: DataArgs = DataArgs(),
+    train: TrainArgs = TrainArgs(),
+    eval: EvalArgs = EvalArgs(),
+    precision: Optional[Precision] = None,
+    save_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None,
+    accelerator: str = "auto",
+    devices: Union[int, str] = "auto",
+    num_nodes: int = 1,
+    seed: int = 1337,
+):
+    """Fine-tune a model's own weights: the layers you name, or all of them.
+
+    Args:
+        checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
+        out_dir: Where the run is written; by default a new folder `out/finetune/full`.
+        trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  all  none. By default
+            the whole model trains.
+        trainable_modules: Inside those blocks only these: attn, mlp, norm, q_proj, ... or globs or re:... on full names.
+        trainable_extra: Also outside the blocks: embed, head, final_norm.
+        untie_embeddings: Give a head that is tied to the embedding a copy of its own.
+        freeze_trainable_layers: LLaMA-Factory's word: n > 0 trains the last n blocks, n < 0 the first n.
+        freeze_trainable_modules: LLaMA-Factory's word for trainable_modules.
+        freeze_extra_modules: LLaMA-Factory's word for trainable_extra.
+        freeze_trainable_layers_ids: Block ids in the style of the LLaMA-Factory patches: 1,2,10.
+        data: The records to learn from.
+        train: How long and how fast to train.
+        eval: When to measure.
+        precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
+        save_dtype: Save in this dtype in place of the base's; float32 keeps the trained masters unrounded.
+        accelerator: cpu, cuda, mps or auto.
+        devices: How many, or which ones (0,2).
+        num_nodes: Machines in the run.
+        seed: Fixes the order of the records and every other draw.
+    """

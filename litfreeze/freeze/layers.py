@@ -1,0 +1,151 @@
+"""Layer specs: the words a person uses for blocks, and the block ids they mean.
+
+    10,11   0-3,8   -2:   -1   last:8   first:4   every:4   20%-80%   all   none
+
+One grammar for the command line, YAML (list, int, string) and Python. No heavy import here."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Union
+
+from litfreeze.errors import UsageError, did_you_mean
+
+Spec = Union[int, str, Iterable[Union[int, str]]]
+
+GRAMMAR = "10,11  0-3  -1  -2:  last:8  first:4  every:4  20%-80%  all  none"
+WORDS = ("all", "none", "first", "last", "every")
+
+
+def parse_layers(spec: Spec, n_layer: int) -> list[int]:
+    """The sorted block ids that `spec` names in a model of `n_layer` blocks.
+
+    Parts are joined by commas (or are the elements of a list), and a block named twice counts once:
+    `10` and `-1` are single ids; `0-3` and `20%-80%` are ranges (ids inclusive; percents of the depth, the end
+    exclusive); `-2:` is from there to the top; `first:4` and `last:8` count from an end; `every:4` is the 4th, 8th, …
+    block, as LLaMA-Pro spaces its own; `all`; `none` stands alone.
+
+    Raises UsageError for anything else: out of range, falling or empty ranges, empty parts, nonsense."""
+    parts = _parts(spec, n_layer)
+    if "none" in parts:
+        if len(parts) > 1:
+            raise UsageError(f"--trainable_layers {_show(spec)}: 'none' stands alone.")
+        return []
+    chosen: set[int] = set()
+    for part in parts:
+        chosen.update(_parse_part(part, n_layer))
+    return sorted(chosen)
+
+
+def format_layers(ids: Iterable[int]) -> str:
+    """The shortest spec of these ids: [0, 1, 2, 8] is '0-2,8'; nothing is 'none'."""
+    runs: list[list[int]] = []
+    for i in sorted(set(ids)):
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    shown = [
+        ",".join(map(str, run)) if len(run) < 3 else f"{run[0]}-{run[-1]}"
+        for run in runs
+    ]
+    return ",".join(shown) or "none"
+
+
+def _parts(spec: Spec, n_layer: int) -> list[str]:
+    if isinstance(spec, bool) or spec is None or isinstance(spec, (float, dict, bytes)):
+        raise UsageError(f"--trainable_layers takes {GRAMMAR}, not {spec!r}.")
+    items = [spec] if isinstance(spec, (int, str)) else list(spec)
+    if not items:
+        raise UsageError("--trainable_layers is an empty list. Say none to train no block.")
+    parts: list[str] = []
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (int, str)):
+            raise UsageError(f"--trainable_layers takes ids and ranges, not {item!r}. Examples: {GRAMMAR}.")
+        parts += [part.strip() for part in str(item).split(",")]
+    if "" in parts:
+        raise UsageError(f"--trainable_layers {_show(spec)} has an empty part. Examples: {GRAMMAR}.")
+    return parts
+
+
+def _show(spec: Spec) -> str:
+    return repr(spec if isinstance(spec, (int, str)) else list(spec))
+
+
+def _parse_part(part: str, n_layer: int) -> Iterable[int]:
+    for pattern, meaning in _FORMS:
+        if match := re.fullmatch(pattern, part):
+            return meaning(part, n_layer, *match.groups())
+    if match := re.fullmatch(r"([0-9]+):([0-9]+)", part):
+        raise UsageError(f"Layers {part!r}: write a range as {match[1]}-{match[2]} (both ends included).")
+    word = part.partition(":")[0]
+    if word in ("first", "last", "every"):
+        raise UsageError(f"Layers {part!r}: {word} takes a count, as in {word}:4.")
+    raise UsageError(f"Layers {part!r} are not understood.{did_you_mean(word, WORDS)} Examples: {GRAMMAR}.")
+
+
+def _id(part: str, n_layer: int, text: str) -> int:
+    i = int(text)
+    if not -n_layer <= i < n_layer:
+        raise UsageError(f"Layers {part!r}: this model has {n_layer} blocks, ids 0 to {n_layer - 1} (or -{n_layer} to -1).")
+    return i % n_layer
+
+
+def _count(part: str, n_layer: int, text: str) -> int:
+    count = int(text)
+    if not 1 <= count <= n_layer:
+        raise UsageError(f"Layers {part!r}: this model has {n_layer} blocks, so the count is 1 to {n_layer}.")
+    return count
+
+
+def _single(part: str, n_layer: int, text: str) -> Iterable[int]:
+    return [_id(part, n_layer, text)]
+
+
+def _range(part: str, n_layer: int, low: str, high: str) -> Iterable[int]:
+    start, stop = _id(part, n_layer, low), _id(part, n_layer, high)
+    if start > stop:
+        raise UsageError(f"Layers {part!r} fall. Write {high}-{low}.")
+    return range(start, stop + 1)
+
+
+def _percents(part: str, n_layer: int, low: str, high: str) -> Iterable[int]:
+    start, stop = int(low), int(high)
+    if start >= stop or stop > 100:
+        raise UsageError(f"Layers {part!r}: percents rise, within 0% to 100%.")
+    ids = range((n_layer * start + 50) // 100, (n_layer * stop + 50) // 100)
+    if not ids:
+        raise UsageError(f"Layers {part!r} match no block of {n_layer}. Widen the range.")
+    return ids
+
+
+def _onward(part: str, n_layer: int, low: str) -> Iterable[int]:
+    return range(_id(part, n_layer, low), n_layer)
+
+
+def _first(part: str, n_layer: int, text: str) -> Iterable[int]:
+    return range(_count(part, n_layer, text))
+
+
+def _last(part: str, n_layer: int, text: str) -> Iterable[int]:
+    return range(n_layer - _count(part, n_layer, text), n_layer)
+
+
+def _every(part: str, n_layer: int, text: str) -> Iterable[int]:
+    count = _count(part, n_layer, text)
+    return range(count - 1, n_layer, count)
+
+
+def _all(part: str, n_layer: int) -> Iterable[int]:
+    return range(n_layer)
+
+
+_FORMS: list[tuple[str, Callable[..., Iterable[int]]]] = [
+    (r"([+-]?[0-9]+)", _single),
+    (r"([0-9]+)\s*-\s*([0-9]+)", _range),
+    (r"([0-9]+)%\s*-\s*([0-9]+)%", _percents),
+    (r"([+-]?[0-9]+):", _onward),
+    (r"first:([0-9]+)", _first),
+    (r"last:([0-9]+)", _last),
+    (r"every:([0-9]+)", _every),
+    (r"all", _all),
+]

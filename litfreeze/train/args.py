@@ -1,0 +1,66 @@
+"""The options of `--train` and `--eval`. No heavy import: the command line reads this file to print its help."""
+
+from dataclasses import dataclass
+from typing import Literal, Optional, Union
+
+
+@dataclass
+class TrainArgs:
+    """How long and how fast to train.
+
+    Args:
+        lr: Highest learning rate. By default 5e-5 for full weights; the embedded model brings its own.
+        epochs: Passes over the training records (3 unless given here or by the embedded model's recipe).
+        max_steps: Stop after this many optimizer steps instead.
+        max_time: Stop after this long, in seconds or as 90s, 30m, 1h30m.
+        global_batch_size: Samples behind one optimizer step, over all processes.
+        micro_batch_size: Samples in one forward pass of one process.
+        lr_schedule: Shape of the learning rate after the warmup.
+        lr_warmup_steps: Steps of rising learning rate; by default 3 % of the steps.
+        min_lr: Where cosine and linear end.
+        weight_decay: AdamW's decoupled decay, for matrices only (norms and biases are left alone).
+        beta1: AdamW's first moment.
+        beta2: AdamW's second moment.
+        max_norm: Clip the gradient of the chosen parameters to this norm; null for never.
+        save_interval: Save a checkpoint every this many steps; by default only the best and the final one.
+        keep_last: How many of those interval checkpoints to keep.
+        log_interval: Write a line of metrics every this many steps.
+    """
+
+    lr: Optional[float] = None
+    epochs: Optional[int] = None
+    max_steps: Optional[int] = None
+    max_time: Optional[Union[float, str]] = None
+    global_batch_size: int = 16
+    micro_batch_size: int = 4
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_warmup_steps: Optional[int] = None
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_norm: Optional[float] = 1.0
+    save_interval: Optional[int] = None
+    keep_last: int = 2
+    log_interval: int = 1
+
+
+@dataclass
+class EvalArgs:
+    """When to measure on the validation records, and what to do about it.
+
+    Args:
+        interval: Validate every this many steps; by default about ten times in a run.
+        max_samples: Use at most this many validation records, always the same ones.
+        initial_validation: Validate before the first step.
+        patience: Stop when this many validations in a row did not beat the best one.
+        save_best: Keep the checkpoint of the lowest validation loss in `best`.
+        max_new_tokens: Length of the sample written before and after training.
+    """
+
+    interval: Optional[int] = None
+    max_samples: Optional[int] = 1000
+    initial_validation: bool = True
+    patience: Optional[int] = None
+    save_best: bool = True
+    max_new_tokens: int = 48
