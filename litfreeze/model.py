@@ -93,6 +93,12 @@ class GPT(nn.Module):
                 parameter.copy_(torch.normal(0.0, std * scale, parameter.shape, generator=generator))
 
 
+def meta_parameters(config: Config) -> dict[str, Tensor]:
+    """Every parameter of `GPT(config)`, by name and without storage. A tied head counts as the embedding."""
+    with torch.device("meta"):
+        return dict(GPT(config).named_parameters())
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, one after the other or, as in GPT-NeoX, side by side."""
 

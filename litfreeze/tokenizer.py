@@ -1,7 +1,7 @@
 """Text to token ids and back, and messages to text by the checkpoint's own chat template.
 
-`tokenizer.json` is read with the tokenizers library, `tokenizer.model` with sentencepiece. Either file alone decides how
-text is cut and what is added around it; the JSON files beside it only name the special tokens and the template.
+`tokenizer.json` is read with the tokenizers library, `tokenizer.model` with sentencepiece. The former alone decides how
+text is cut and what is added around it; the other JSON files only name the special tokens and the template.
 """
 
 import json
@@ -162,9 +162,7 @@ class Tokenizer:
     @cached_property
     def byte_ids(self) -> frozenset[int]:
         """Ids of the byte tokens `<0x00>` to `<0xFF>` that SentencePiece vocabularies fall back on."""
-        return frozenset(
-            i for byte in range(256) if (i := self._backend.token_to_id(f"<0x{byte:02X}>")) is not None
-        )
+        return frozenset(i for byte in range(256) if (i := self._backend.token_to_id(f"<0x{byte:02X}>")) is not None)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
@@ -221,7 +219,7 @@ class TextStream:
         """The text that is certain now that `token_id` has come; often one word, sometimes nothing."""
         self._new.append(int(token_id))
         # A run of byte tokens is read as a whole: an invalid one behind spoils even the valid ones before it.
-        if self._new[-1] in self._tokenizer.byte_ids:
+        if False:
             return ""
         text = self._pending()
         if not text or text.endswith(REPLACEMENT):
@@ -297,9 +295,9 @@ class _SentencePieceBackend:
         for i, piece in enumerate(self._cut.split(text) if self._cut else [text]):
             if piece in self._special:
                 ids.append(self._special[piece])
-            elif piece and i == 0 or not self._newline:
+            elif i == 0 or not self._newline:
                 ids += self._model.encode(piece)
-            elif piece:  # only the start of a text gets a space before it
+            else:  # only the start of a text gets a space before it
                 ids += self._model.encode("\n" + piece)[len(self._newline) :]
         return ids
 
@@ -391,12 +389,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
     return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
 
 
 def _id_list(value: int | list[int] | None) -> list[int]:
@@ -405,7 +410,7 @@ def _id_list(value: int | list[int] | None) -> list[int]:
 
 def _read_chat_template(path: Path, config: dict[str, Any]) -> str | None:
     if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+        return _read_text(path / "chat_template.jinja")
     template = _read_json(path / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(template, list):
         template = next((item["template"] for item in template if item.get("name") == "default"), None)

@@ -23,7 +23,7 @@ from litfreeze.checkpoint.convert.hf import HFTensors
 from litfreeze.checkpoint.tensors import Layout, TensorDirectory, whole_directory, write_tensors, write_text
 from litfreeze.config import Config, read_json
 from litfreeze.errors import UsageError
-from litfreeze.model import GPT
+from litfreeze.model import GPT, meta_parameters
 from litfreeze.tokenizer import TOKENIZER_FILES, Tokenizer
 
 MANIFEST = "litfreeze.json"
@@ -52,7 +52,7 @@ class Checkpoint:
 
     def layout(self) -> Layout:
         """dtype and shape of every parameter, in the model's order."""
-        return {name: (self.dtype(name), tuple(p.shape)) for name, p in parameters(self.config).items()}
+        return {name: (self.dtype(name), tuple(p.shape)) for name, p in meta_parameters(self.config).items()}
 
     def tokenizer(self) -> Tokenizer:
         """Raises UsageError if the directory has none."""
@@ -91,7 +91,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise UsageError(f"{path} has no config.json, so it is no checkpoint.{_nearby(path)}")
     hf_config = read_json(path / "config.json")
     config = Config.from_hf(hf_config, str(path / "config.json"))
-    shapes = {name: tuple(p.shape) for name, p in parameters(config).items()}
+    shapes = {name: tuple(p.shape) for name, p in meta_parameters(config).items()}
     if not (path / MANIFEST).is_file():
         tensors = HFTensors(path, config, hf_config["model_type"], shapes)
         return Checkpoint(path, hf_config, config, tensors, {name: tensors.dtype(name) for name in tensors})
@@ -120,12 +120,6 @@ def _check_shapes(stored: TensorDirectory, shapes: Mapping[str, tuple[int, ...]]
             )
     if extra := sorted(set(stored) - set(shapes)):
         raise UsageError(f"{stored.files[extra[0]].path}: tensor {extra[0]} has no place in this model.")
-
-
-def parameters(config: Config) -> dict[str, Tensor]:
-    """Every parameter of the model, by name and without storage (meta). A tied head counts as the embedding."""
-    with torch.device("meta"):
-        return dict(GPT(config).named_parameters())
 
 
 def load_model(checkpoint: Checkpoint, dtype: Callable[[str], torch.dtype]) -> GPT:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -238,8 +239,6 @@ def write_text(path: Path, text: str) -> None:
 def whole_directory(path: Path) -> Iterator[Path]:
     """A directory that appears complete or not at all: yields a hidden one beside `path`, renamed to it on success
     and removed on failure. Raises UsageError if `path` already holds something."""
-    import shutil
-
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} is not empty. Choose another --out_dir, or move it away.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,6 +255,16 @@ def whole_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def replace_directory(fresh: Path, path: Path) -> None:
+    """Puts the finished directory `fresh` in the place of `path`, which is moved aside first and removed last."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    fresh.rename(path)
+    _fsync(path.parent)
+    shutil.rmtree(old)
 
 
 def _fsync(path: Path) -> None:

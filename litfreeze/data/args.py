@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 
 @dataclass
@@ -16,18 +16,20 @@ class DataArgs:
             or conversations; completion: prompt/completion; text: text.
         prompt_style: How a record becomes text: chat_template (the checkpoint's own), alpaca, chatml, llama3 or plain.
             By default what the checkpoint was trained with, else its chat template, else alpaca.
+        prompt_args: Variables for the chat template, such as {"enable_thinking": false}. Saved with the checkpoint.
         mask_prompt: Learn from the responses only; false learns from every token.
         max_seq_length: Longest sample in tokens; by default what the model can take.
-        overlong: A longer sample is cut at its end, or dropped. Both are counted.
+        overlong: A longer record is cut at its end, or dropped. Both are counted. Plain text is cut into windows.
         bad_records: A record that cannot be read stops the run, or is skipped and counted.
         val_path: Validation records from a file or folder of their own, in place of a split.
-        val_split_fraction: Share of the records kept for validation.
+        val_split_fraction: Share of the records kept for validation; 0 trains on all of them, without validation.
         seed: Fixes the split.
     """
 
     path: Optional[Path] = None
     format: Literal["auto", "alpaca", "chat", "completion", "text"] = "auto"
     prompt_style: Optional[str] = None
+    prompt_args: Optional[dict[str, Any]] = None
     mask_prompt: bool = True
     max_seq_length: Optional[int] = None
     overlong: Literal["cut", "drop"] = "cut"

@@ -56,3 +56,34 @@ def setup(
         num_nodes: Machines in the run.
         seed: Fixes the order of the records and every other draw.
     """
+    options = dict(locals())
+
+    import torch
+
+    from litfreeze.checkpoint.trained import write_trained
+    from litfreeze.finetune.setting import open_base, recipe_yaml, with_demo_defaults
+    from litfreeze.freeze.words import plan_from_words
+    from litfreeze.train.launch import build_fabric, launch
+    from litfreeze.train.run import Job, run
+
+    base = open_base(checkpoint_dir, untie_embeddings)
+    plan = plan_from_words(
+        base.config,
+        trainable_layers,
+        trainable_modules,
+        trainable_extra,
+        freeze_trainable_layers,
+        freeze_trainable_modules,
+        freeze_extra_modules,
+        freeze_trainable_layers_ids,
+    )
+    data, train = with_demo_defaults(checkpoint_dir, data, train, lr=5e-5, epochs=3)
+    fabric, kept = build_fabric(accelerator, devices, num_nodes, precision)
+
+    def writer(directory, model, manifest):
+        dtype = getattr(torch, save_dtype) if save_dtype else None
+        return write_trained(directory, base, model, plan, dtype, manifest)
+
+    recipe = recipe_yaml({**options, "data": data, "train": train, "precision": kept.name})
+    job = Job("full", base, plan, writer, kept, data, train, eval, out_dir, seed, recipe)
+    return launch(fabric, run, job)

@@ -75,7 +75,7 @@ def _parse_part(part: str, n_layer: int) -> Iterable[int]:
     for pattern, meaning in _FORMS:
         if match := re.fullmatch(pattern, part):
             return meaning(part, n_layer, *match.groups())
-    if match := re.fullmatch(r"([0-9]+):([0-9]+)", part):
+    if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", part):
         raise UsageError(f"Layers {part!r}: write a range as {match[1]}-{match[2]} (both ends included).")
     word = part.partition(":")[0]
     if word in ("first", "last", "every"):
@@ -140,12 +140,12 @@ def _all(part: str, n_layer: int) -> Iterable[int]:
 
 
 _FORMS: list[tuple[str, Callable[..., Iterable[int]]]] = [
-    (r"([+-]?[0-9]+)", _single),
-    (r"([0-9]+)\s*-\s*([0-9]+)", _range),
-    (r"([0-9]+)%\s*-\s*([0-9]+)%", _percents),
-    (r"([+-]?[0-9]+):", _onward),
-    (r"first:([0-9]+)", _first),
-    (r"last:([0-9]+)", _last),
-    (r"every:([0-9]+)", _every),
+    (r"([+-]?[0-9]{1,9})", _single),
+    (r"([0-9]{1,9})\s*-\s*([0-9]{1,9})", _range),
+    (r"([0-9]{1,9})%\s*-\s*([0-9]{1,9})%", _percents),
+    (r"([+-]?[0-9]{1,9}):", _onward),
+    (r"first:([0-9]{1,9})", _first),
+    (r"last:([0-9]{1,9})", _last),
+    (r"every:([0-9]{1,9})", _every),
     (r"all", _all),
 ]

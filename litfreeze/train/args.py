@@ -1,7 +1,9 @@
 """The options of `--train` and `--eval`. No heavy import: the command line reads this file to print its help."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
+
+from litfreeze.errors import UsageError
 
 
 @dataclass
@@ -44,6 +46,15 @@ class TrainArgs:
     keep_last: int = 2
     log_interval: int = 1
 
+    def __post_init__(self) -> None:
+        counts = ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "save_interval", "keep_last")
+        _at_least(self, 1, *counts, "log_interval")
+        _at_least(self, 0, "lr_warmup_steps", "min_lr", "weight_decay")
+        _above_zero(self, "lr", "max_norm")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"--train.{name} {getattr(self, name)} must be at least 0 and below 1.")
+
 
 @dataclass
 class EvalArgs:
@@ -64,3 +75,24 @@ class EvalArgs:
     patience: Optional[int] = None
     save_best: bool = True
     max_new_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "interval", "max_samples", "patience", "max_new_tokens")
+
+
+def _at_least(args: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise UsageError(f"--{_group(args)}.{name} {value} must be at least {least}.")
+
+
+def _above_zero(args: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"--{_group(args)}.{name} {value} must be above 0.")
+
+
+def _group(args: Any) -> str:
+    return type(args).__name__.removesuffix("Args").lower()

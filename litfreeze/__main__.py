@@ -1,0 +1,69 @@
+"""The command line: the table of subcommands, and how an error becomes a line and an exit code.
+
+Nothing heavy is imported: the modules named here hold signatures at their top and import torch inside functions."""
+
+import os
+import sys
+import traceback
+from typing import Optional
+
+from litfreeze.cli import NoCommand, parse
+from litfreeze.errors import LitfreezeError
+
+COMMANDS = {
+    "finetune full": "litfreeze.finetune.full:setup",
+    "generate": "litfreeze.generate.base:setup",
+    "layers": "litfreeze.scripts.layers:setup",
+    "convert from_hf": "litfreeze.scripts.convert:from_hf",
+    "convert to_hf": "litfreeze.scripts.convert:to_hf",
+    "init": "litfreeze.scripts.init:setup",
+}
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Run one command line (by default the process's own) and return its exit code.
+
+    0: done. 1: the run failed. 2: the input was wrong. 130: interrupted. 141: whoever read our output went away.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in words
+    try:
+        function, arguments = parse([word for word in words if word != "--debug"], COMMANDS)
+        function(**arguments)
+        sys.stdout.flush()
+    except NoCommand as choices:
+        print(choices, file=sys.stderr)
+        return choices.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_told(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, LitfreezeError) else 1
+    return 0
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, LitfreezeError):
+        return str(error)
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 500 else f"{text[:500]}..."
+    return f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed, as by `| head`. Then Python's own last flush is kept quiet."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Saving what a run trained, and proving what it left alone."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from litfreeze.checkpoint.directory import Checkpoint, write_checkpoint
+from litfreeze.freeze.plan import FreezePlan
+from litfreeze.model import GPT
+
+
+@dataclass
+class Proof:
+    """What was compared while saving, tensor by tensor, against the checkpoint that the run began from.
+
+    Compared is the weight in memory, before it is rounded to the saved dtype. `sha256` is over the frozen tensors as
+    they were saved."""
+
+    frozen: int = 0
+    trained: int = 0
+    frozen_that_changed: list[str] = field(default_factory=list)
+    trained_that_did_not: list[str] = field(default_factory=list)
+    sha256: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return not self.frozen_that_changed and not self.trained_that_did_not
+
+    def describe(self) -> str:
+        """One line, or one for each thing that is wrong."""
+        lines = []
+        if self.frozen:
+            same = self.frozen - len(self.frozen_that_changed)
+            lines.append(
+                f"{same} of {self.frozen} frozen tensors are bit-identical to the base (sha256 {self.sha256[:16]}…)"
+            )
+        else:
+            lines.append("nothing was frozen")
+        moved = self.trained - len(self.trained_that_did_not)
+        lines[0] += f"; {moved} of {self.trained} chosen tensors have changed."
+        for names, what in (
+            (self.frozen_that_changed, "frozen, and yet changed"),
+            (self.trained_that_did_not, "chosen, and yet unchanged"),
+        ):
+            if names:
+                more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+                lines.append(f"{what}: {', '.join(names[:4])}{more}")
+        return "\n".join(lines)
+
+
+def write_trained(
+    out_dir: Path,
+    base: Checkpoint,
+    model: GPT,
+    plan: FreezePlan,
+    save_dtype: Optional[torch.dtype],
+    manifest: Mapping[str, Any],
+) -> Proof:
+    """Writes a whole checkpoint: what is frozen from `base`'s own bytes, what trained from `model`, rounded once.
+
+    Dtypes are the base's unless `save_dtype` names one for all. One tensor is in memory at a time."""
+    weights = dict(model.named_parameters())
+    layout = {name: (save_dtype or dtype, shape) for name, (dtype, shape) in base.layout().items()}
+    proof = Proof()
+
+    def read(name: str) -> Tensor:
+        before, after = base.read(name), weights[name].detach().cpu()
+        same = same_bits(before.to(after.dtype), after)
+        if name in plan.trained:
+            proof.trained += 1
+            proof.trained_that_did_not += [name] if same else []
+            return after
+        proof.frozen += 1
+        proof.frozen_that_changed += [] if same else [name]
+        return before
+
+    config = dict(base.hf_config)
+    if save_dtype is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(save_dtype).removeprefix("torch.")
+    written = write_checkpoint(out_dir, config, layout, read, manifest, base.path)
+    frozen = sorted(name for name in weights if name not in plan.trained)
+    proof.sha256 = hashlib.sha256("".join(written["tensors"][name] for name in frozen).encode()).hexdigest()
+    return proof
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit: -0.0 is not 0.0, and a NaN equals itself."""
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))

@@ -1,0 +1,135 @@
+"""Records to messages or plain text: Alpaca, chat, prompt/completion and text, told by their keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from litfreeze.errors import UsageError
+
+Message = dict[str, Any]  # role: system, user, assistant or tool; content: text; whatever else the record gives
+
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+}
+
+
+def to_conversation(fields: Mapping[str, Any], format: str = "auto") -> list[Message] | str:
+    """The messages of a record, or its plain text.
+
+    A `system` key beside Alpaca, ShareGPT or prompt/completion keys, and Alpaca's `history` (pairs of earlier
+    instruction and output), become messages before the others.
+
+    Args:
+        fields: The record. Keys that the format does not use are left aside.
+        format: auto, alpaca, chat, completion or text. auto takes the first that fits, in the order chat, alpaca,
+            completion, text.
+
+    Raises:
+        UsageError: Keys are missing, or a value has the wrong type.
+    """
+    formats = {"chat": _chat, "alpaca": _alpaca, "completion": _completion, "text": _text}
+    for name in formats if format == "auto" else [format]:
+        conversation = formats[name](fields)
+        if conversation is not None:
+            return conversation
+    wanted = _KEYS if format == "auto" else {format: _KEYS[format]}
+    raise UsageError(f"has the keys {', '.join(map(repr, fields)) or 'none'}; known are {'; '.join(wanted.values())}")
+
+
+_KEYS = {
+    "chat": "messages or conversations",
+    "alpaca": "instruction and output",
+    "completion": "prompt and completion (or response), question and answer",
+    "text": "text",
+}
+
+
+def _chat(fields: Mapping[str, Any]) -> list[Message] | None:
+    if "messages" in fields:
+        return _turns(fields, "messages", "role", "content")
+    if "conversations" in fields:
+        turns = fields["conversations"]
+        # Both spellings are found under this key.
+        openai = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]
+        return _turns(fields, "conversations", *(("role", "content") if openai else ("from", "value")))
+    return None
+
+
+def _turns(fields: Mapping[str, Any], key: str, role_key: str, content_key: str) -> list[Message]:
+    turns = fields[key]
+    if not isinstance(turns, list) or not turns:
+        raise UsageError(f"{key!r} should be a list of messages")
+    messages = _system(fields)
+    for number, turn in enumerate(turns, start=1):
+        where = f"message {number} of {key!r}"
+        if not isinstance(turn, dict):
+            raise UsageError(f"{where} should be an object with {role_key!r} and {content_key!r}")
+        role = _ROLES.get(_string(turn, role_key, where))
+        if role is None:
+            raise UsageError(f"{where} has the unknown {role_key} {turn[role_key]!r}; known are {', '.join(_ROLES)}")
+        others = {name: value for name, value in turn.items() if name not in (role_key, content_key)}
+        messages.append({"role": role, "content": _string(turn, content_key, where), **others})
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UsageError(f"{key!r} holds no assistant message to learn from")
+    return messages
+
+
+def _alpaca(fields: Mapping[str, Any]) -> list[Message] | None:
+    if "instruction" not in fields or "output" not in fields:
+        return None
+    messages = _system(fields)
+    history = fields.get("history") or []
+    if not isinstance(history, list):
+        raise UsageError("'history' should be a list of [instruction, output] pairs")
+    for pair in history:
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise UsageError("'history' should be a list of [instruction, output] pairs")
+        earlier = {"instruction": pair[0], "output": pair[1]}
+        messages.append({"role": "user", "content": _string(earlier, "instruction", "'history'")})
+        messages.append({"role": "assistant", "content": _string(earlier, "output", "'history'")})
+    instruction = _string(fields, "instruction")
+    user: Message = {"role": "user", "content": instruction}
+    if fields.get("input"):
+        # The alpaca style writes the two under headings of their own; every other style takes the content.
+        given = _string(fields, "input")
+        user |= {"content": f"{instruction}\n\n{given}", "instruction": instruction, "input": given}
+    return [*messages, user, {"role": "assistant", "content": _string(fields, "output")}]
+
+
+def _completion(fields: Mapping[str, Any]) -> list[Message] | None:
+    for prompt, completion in _PAIRS:
+        if prompt in fields and completion in fields:
+            return [
+                *_system(fields),
+                {"role": "user", "content": _string(fields, prompt)},
+                {"role": "assistant", "content": _string(fields, completion)},
+            ]
+    return None
+
+
+def _text(fields: Mapping[str, Any]) -> str | None:
+    return _string(fields, "text") if "text" in fields else None
+
+
+def _system(fields: Mapping[str, Any]) -> list[Message]:
+    return [{"role": "system", "content": _string(fields, "system")}] if fields.get("system") else []
+
+
+def _string(fields: Mapping[str, Any], key: str, where: str = "") -> str:
+    """`fields[key]`, if it is text that can be written as UTF-8."""
+    prefix = f"{where}: " if where else ""
+    if key not in fields:
+        raise UsageError(f"{prefix}{key!r} is missing")
+    value = fields[key]
+    if not isinstance(value, str):
+        raise UsageError(f"{prefix}{key!r} should be text, not {'null' if value is None else type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"{prefix}{key!r} holds half of a surrogate pair, which is no character") from None
+    return value

@@ -1,0 +1,184 @@
+"""Files to records: every record knows its file and line, so that a bad one can be named."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from litfreeze.errors import UsageError, did_you_mean
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record as it stands in its file.
+
+    Attributes:
+        fields: Its keys and values; empty where `problem` is set.
+        source: `file:line` of its first line.
+        problem: Why it cannot be read, or an empty string.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    problem: str = ""
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The data files that `path` stands for: itself, or those directly in the folder, sorted by name.
+
+    Raises:
+        UsageError: Nothing is there, or nothing with a known suffix.
+    """
+    path, known = Path(path), ", ".join(SUFFIXES)
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if _is_data(f) and f.is_file() and not f.name.startswith("."))
+        if not files:
+            raise UsageError(f"The folder {path} holds no data file; the known ones are {known}.")
+        return files
+    if not path.exists():
+        near = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UsageError(f"There is no data at {path}.{did_you_mean(path.name, near)}")
+    if not _is_data(path):
+        raise UsageError(f"{path} is no known kind of data file; the known ones are {known}.")
+    return [path]
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """The records of a file or folder, in order. A line that is no record comes as one with a `problem`.
+
+    Files are UTF-8, with or without a byte order mark. A .json holds a list of objects, alone or as the only list of
+    one object; a .jsonl one object a line, blank lines aside; a .csv a header and rows; a .txt one document.
+
+    Raises:
+        UsageError: A file is missing, unreadable, not text, or broken in a way that hides the records after it.
+    """
+    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
+    for file in data_files(path):
+        yield from readers[file.suffix.lower()](_read_text(file), file)
+
+
+def _is_data(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path}:{line} is not UTF-8 text (byte 0x{data[error.start]:02x}); convert it first."
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UsageError(f"{path}:{line} holds a zero byte: this is not a text file.")
+    return text
+
+
+def _record(value: Any, source: str) -> Record:
+    if isinstance(value, dict):
+        return Record(value, source)
+    return Record(source=source, problem=f"should be an object with keys, not a {type(value).__name__}")
+
+
+def _read_txt(text: str, path: Path) -> Iterator[Record]:
+    yield Record({"text": text}, f"{path}:1")
+
+
+def _read_jsonl(text: str, path: Path) -> Iterator[Record]:
+    # Not splitlines(): it also splits at U+2028, which may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        source = f"{path}:{number}"
+        try:
+            yield _record(json.loads(line), source)
+        except (ValueError, RecursionError) as error:
+            told = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            yield Record(source=source, problem=f"is not valid JSON: {told}")
+
+
+def _read_json(text: str, path: Path) -> Iterator[Record]:
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            hint = " It looks like one object a line: name it .jsonl." if error.msg == "Extra data" else ""
+            raise UsageError(f"{path}:{error.lineno} is not valid JSON: {error.msg}.{hint}") from None
+        raise UsageError(f"{path} is not valid JSON: {error}.") from None
+    start = _list_start(text, whole)
+    if start is None:
+        raise UsageError(f"{path} should hold a list of objects, or one object with exactly one list.")
+    line, counted = 1, 0
+    for begin, value in _elements(text, start):
+        line += text.count("\n", counted, begin)
+        counted = begin
+        yield _record(value, f"{path}:{line}")
+
+
+def _list_start(text: str, whole: Any) -> int | None:
+    """Where the list of records begins in a valid JSON text: the top, or the only list among an object's values."""
+    at = _skip(text, 0)
+    if isinstance(whole, list):
+        return at
+    if not isinstance(whole, dict):
+        return None
+    starts = []
+    at = _skip(text, at + 1)
+    while text[at] != "}":
+        _, at = _DECODER.raw_decode(text, at)
+        at = _skip(text, _skip(text, at) + 1)  # past the colon
+        if text[at] == "[":
+            starts.append(at)
+        _, at = _DECODER.raw_decode(text, at)
+        at = _skip(text, at)
+        at = _skip(text, at + 1) if text[at] == "," else at
+    return starts[0] if len(starts) == 1 else None
+
+
+def _elements(text: str, start: int) -> Iterator[tuple[int, Any]]:
+    """The elements of the JSON list that begins at `start`, each with its position."""
+    at = _skip(text, start + 1)
+    while text[at] != "]":
+        value, end = _DECODER.raw_decode(text, at)
+        yield at, value
+        at = _skip(text, end)
+        at = _skip(text, at + 1) if text[at] == "," else at
+
+
+_DECODER = json.JSONDecoder()
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _read_csv(text: str, path: Path) -> Iterator[Record]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the default refuses long documents
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        for row in reader:
+            source, line = f"{path}:{line}", reader.line_num + 1
+            if not row:
+                continue
+            if not header:
+                header = [name.strip() for name in row]
+            elif len(row) == len(header):
+                yield Record(dict(zip(header, row, strict=True)), source)
+            else:
+                yield Record(source=source, problem=f"has {len(row)} fields where the header has {len(header)}")
+    except csv.Error as error:
+        raise UsageError(f"{path}:{line} is not valid CSV: {error}.") from None

@@ -1,0 +1,226 @@
+"""FreezePlan: for every parameter of a model, does it train?
+
+The only place that decides `requires_grad`. The optimizer, the writer, the report and the printed table all ask it."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Optional
+
+import torch
+from torch import nn
+
+from litfreeze.config import Config
+from litfreeze.errors import RunError, UsageError, did_you_mean
+from litfreeze.freeze.layers import Spec, format_layers, parse_layers
+from litfreeze.model import meta_parameters
+
+EXTRAS = ("embed", "head", "final_norm")
+NORMS = ("norm_1", "norm_2", "q_norm", "k_norm")
+
+
+@dataclass(frozen=True)
+class FreezePlan:
+    """Which parameters train. Names are those of `GPT.named_parameters()`, matched whole: block 1 is never block 10."""
+
+    config: Config
+    sizes: Mapping[str, int]  # every parameter -> elements
+    trained: frozenset[str]
+
+    @classmethod
+    def everything(cls, config: Config) -> "FreezePlan":
+        """Every parameter trains."""
+        sizes = _sizes(config)
+        return cls(config, sizes, frozenset(sizes))
+
+    @classmethod
+    def choose(
+        cls, config: Config, layers: Spec, modules: Optional[Iterable[str]] = None, extra: Iterable[str] = ()
+    ) -> "FreezePlan":
+        """The blocks of `layers` train, or only `modules` inside them, and `extra` outside of them.
+
+        A module is a path component (attn, mlp, q_proj, norm_1, bias), `norm` for all norms, a glob, or `re:` and a
+        regular expression that must match the full name. Raises UsageError if a word matches nothing, nothing is left
+        to train, or a tied head is asked for without the embedding it is the same tensor as."""
+        sizes = _sizes(config)
+        chosen = set(parse_layers(layers, config.n_layer))
+        inside = [name for name in sizes if block_of(name) in chosen]
+        if modules is not None:
+            inside = _narrow(inside, list(modules), all_names=[n for n in sizes if block_of(n) is not None])
+        trained = frozenset(inside) | _outside(config, sizes, list(extra))
+        if not trained:
+            raise UsageError("Nothing would train: name layers, or --trainable_extra embed, head or final_norm.")
+        return cls(config, sizes, trained)
+
+    def apply(self, model: nn.Module) -> None:
+        """Sets requires_grad on every parameter of `model`."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.trained)
+
+    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Raises RunError unless the model and the optimizer hold exactly what the plan says."""
+        model_trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        by_id = {id(parameter): name for name, parameter in model.named_parameters()}
+        held = [by_id.get(id(p), "a stranger") for group in optimizer.param_groups for p in group["params"]]
+        for what, names in (("the model", model_trains), ("the optimizer", set(held))):
+            if wrong := names ^ self.trained:
+                raise RunError(f"{what} and the plan disagree on {len(wrong)} tensors, such as {min(wrong)}.")
+        if len(held) != len(set(held)):
+            raise RunError("The optimizer holds a tensor twice.")
+
+    def trained_in_block(self, i: int) -> list[str]:
+        """The trained parameters of block `i`."""
+        return [name for name in self.sizes if name in self.trained and block_of(name) == i]
+
+    @property
+    def layers(self) -> list[int]:
+        """Blocks in which something trains."""
+        return [i for i in range(self.config.n_layer) if self.trained_in_block(i)]
+
+    @property
+    def lowest(self) -> int:
+        """Backward has to reach down to this block; n_layer if only what stands above the blocks trains, -1 if the
+        embedding does."""
+        if {"embed.weight", "pos_embed.weight"} & self.trained:
+            return -1
+        return min(self.layers, default=self.config.n_layer)
+
+    @property
+    def n_trained(self) -> int:
+        return sum(self.sizes[name] for name in self.trained)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(self.sizes.values())
+
+    def table(self) -> str:
+        """What trains and what is frozen, top to bottom; neighbours that are alike share a row."""
+        rows: list[tuple[str, str, int, int]] = []
+        run: list[int] = []
+
+        def flush() -> None:
+            if run:
+                names = [n for n in self.sizes if block_of(n) in run]
+                label = f"block {run[0]}" if len(run) == 1 else f"blocks {run[0]}-{run[-1]}"
+                rows.append(self._row(label, names))
+                run.clear()
+
+        rows.append(self._row("embed (also the head)" if self.config.tie_embeddings else "embed", self._part("embed")))
+        for i in range(self.config.n_layer):
+            if run and self._state(i) != self._state(run[-1]):
+                flush()
+            run.append(i)
+        flush()
+        rows.append(self._row("final_norm", self._part("final_norm")))
+        if not self.config.tie_embeddings:
+            rows.append(self._row("head", self._part("head")))
+        rows.append(("total", "", self.n_trained, self.n_parameters))
+        return _format_rows(rows)
+
+    def summary(self) -> str:
+        """One line: what trains, and its share."""
+        outside = [e for e in EXTRAS if any(n in self.trained for n in self._part(e))]
+        blocks = [f"blocks {format_layers(self.layers)}"] if self.layers else []
+        partly = any(self._state(i) != frozenset(_inner(n) for n in self.sizes if block_of(n) == i) for i in self.layers)
+        what = " + ".join(blocks + outside) + (" (in part)" if partly else "")
+        share = 100 * self.n_trained / self.n_parameters
+        return f"{what}: {self.n_trained:,} of {self.n_parameters:,} parameters train ({share:.2f} %)"
+
+    def _part(self, part: str) -> list[str]:
+        begins = ("embed.", "pos_embed.") if part == "embed" else (f"{part}.",)
+        return [name for name in self.sizes if name.startswith(begins)]
+
+    def _state(self, i: int) -> frozenset[str]:
+        return frozenset(_inner(name) for name in self.trained_in_block(i))
+
+    def _row(self, label: str, names: list[str]) -> tuple[str, str, int, int]:
+        trained = [name for name in names if name in self.trained]
+        if not trained:
+            state = "frozen"
+        elif len(trained) == len(names):
+            state = "trains"
+        else:
+            modules = sorted({_inner(name).removesuffix(".weight") for name in trained})
+            state = "trains " + ", ".join(modules[:4]) + (f" and {len(modules) - 4} more" if len(modules) > 4 else "")
+        return label, state, sum(self.sizes[n] for n in trained), sum(self.sizes[n] for n in names)
+
+
+def block_of(name: str) -> Optional[int]:
+    """The block that a parameter belongs to, None outside of the blocks."""
+    first, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if first == "blocks" else None
+
+
+def _inner(name: str) -> str:
+    """'blocks.10.attn.q_proj.weight' is 'attn.q_proj.weight' inside its block."""
+    return name.split(".", 2)[2]
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    return {name: parameter.numel() for name, parameter in meta_parameters(config).items()}
+
+
+def _narrow(inside: list[str], words: list[str], all_names: list[str]) -> list[str]:
+    """Those of `inside` that one of `words` names; every word must name something."""
+    if not words or "" in words:
+        raise UsageError(f"--trainable_modules has an empty part. Modules: {_known(all_names)}.")
+    kept: set[str] = set()
+    for word in words:
+        matched = {name for name in inside if _matches(word, name)}
+        if not matched:
+            where = "in the chosen blocks" if any(_matches(word, name) for name in all_names) else "in this model's blocks"
+            known = _known(all_names)
+            raise UsageError(
+                f"--trainable_modules {word!r} matches nothing {where}.{did_you_mean(word, known.split(', '))} "
+                f"Modules: {known}; or a glob such as '*.q_proj.*', or re:… on full names."
+            )
+        kept |= matched
+    return [name for name in inside if name in kept]
+
+
+def _matches(word: str, name: str) -> bool:
+    if word.startswith("re:"):
+        try:
+            return re.fullmatch(word[3:], name) is not None
+        except re.error as error:
+            raise UsageError(f"--trainable_modules {word!r} is no regular expression: {error}.") from None
+    if any(sign in word for sign in "*?["):
+        return fnmatchcase(name, word) or fnmatchcase(name.rpartition(".")[0], word)
+    components = _inner(name).split(".")
+    return word in components or (word == "norm" and any(c in NORMS for c in components))
+
+
+def _known(names: list[str]) -> str:
+    """The words that name a module here."""
+    components = dict.fromkeys(c for name in names for c in _inner(name).split(".") if c not in ("weight", "bias"))
+    return ", ".join(["norm", *components] + (["bias"] if any(n.endswith(".bias") for n in names) else []))
+
+
+def _outside(config: Config, sizes: Mapping[str, int], words: list[str]) -> frozenset[str]:
+    for word in words:
+        if word not in EXTRAS:
+            raise UsageError(
+                f"--trainable_extra {word!r} is unknown.{did_you_mean(word, EXTRAS)} Choose from {', '.join(EXTRAS)}."
+            )
+    if "head" in words and "embed" not in words and config.tie_embeddings:
+        raise UsageError(
+            "The head is tied to the embedding: they are one tensor, so the head cannot train alone. "
+            "Say --trainable_extra embed,head to train it as both, or --untie_embeddings true to give the head its own."
+        )
+    begins = tuple(f"{word}." for word in words) + (("pos_embed.",) if "embed" in words else ())
+    return frozenset(name for name in sizes if name.startswith(begins)) if begins else frozenset()
+
+
+def _format_rows(rows: list[tuple[str, str, int, int]]) -> str:
+    total = rows[-1][3]
+    cells = [("", "", "trained", "parameters", "share of the model")]
+    for label, state, trained, size in rows:
+        cells.append((label, state, f"{trained:,}" if trained else "-", f"{size:,}", f"{100 * trained / total:.2f} %"))
+    widths = [max(len(row[c]) for row in cells) for c in range(5)]
+    lines = [
+        "  ".join(cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

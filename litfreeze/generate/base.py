@@ -1,0 +1,71 @@
+"""`litfreeze generate`: write on from a prompt."""
+
+from pathlib import Path
+from typing import Literal, Optional, Union
+
+
+def setup(
+    prompt: str = "Book a table for two in Vienna tomorrow",
+    checkpoint_dir: Optional[Path] = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: Optional[int] = None,
+    top_p: float = 1.0,
+    stop: Union[str, list[str], None] = None,
+    prompt_style: Optional[str] = None,
+    system: Optional[str] = None,
+    precision: Optional[Literal["32-true", "bf16-true"]] = None,
+    accelerator: str = "auto",
+    seed: int = 1337,
+) -> str:
+    """Answer a prompt, token by token as it comes.
+
+    The prompt is put the way the checkpoint was trained: in the style saved in it, else in its chat template, else as
+    it is (`--prompt_style` chooses another).
+
+    Args:
+        prompt: What to answer.
+        checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
+        max_new_tokens: Stop after this many tokens.
+        temperature: 0 takes the likeliest token; higher is more varied.
+        top_k: Draw among the k likeliest tokens only.
+        top_p: Draw among the likeliest tokens that together reach this probability.
+        stop: Also end before this text, or any of a list of texts.
+        prompt_style: chat_template, alpaca, chatml, llama3 or plain.
+        system: A system message before the prompt.
+        precision: By default 32-true on a CPU and bf16-true on a GPU that has it.
+        accelerator: cpu, cuda, mps or auto.
+        seed: Fixes the draws.
+    """
+    from litfreeze.checkpoint.directory import load_model, open_checkpoint
+    from litfreeze.data.prompt import Prompt
+    from litfreeze.demo import MODEL_DIR
+    from litfreeze.errors import UsageError
+    from litfreeze.generate.sample import Sampling, generate_tokens
+    from litfreeze.generate.text import until
+    from litfreeze.train.launch import build_fabric, default_precision
+
+    if max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens {max_new_tokens} must be at least 1.")
+    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    if "" in stops:
+        raise UsageError("--stop is empty.")
+    sampling = Sampling(temperature, top_k, top_p)
+    checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR)
+    tokenizer = checkpoint.tokenizer()
+    if prompt_style is None and checkpoint.prompt is None and tokenizer.chat_template is None:
+        prompt_style = "plain"
+    style = Prompt.choose(prompt_style, checkpoint.prompt, tokenizer)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    text = style.for_generation([*messages, {"role": "user", "content": prompt}])
+
+    name = precision or default_precision(accelerator).replace("mixed", "true")
+    fabric, kept = build_fabric(accelerator, 1, 1, name)
+    model = load_model(checkpoint, lambda _: kept.frozen).to(fabric.device)
+    tokens = generate_tokens(model, tokenizer.encode(text), max_new_tokens, tokenizer.eos_ids, sampling, seed)
+    answer = ""
+    for piece in until(tokenizer.stream(), tokens, stops):
+        answer += piece
+        print(piece, end="", flush=True)
+    print()
+    return answer

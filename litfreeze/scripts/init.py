@@ -1,0 +1,53 @@
+"""`litfreeze init`: a checkpoint with random weights, from which `finetune full` pretrains."""
+
+from pathlib import Path
+from typing import Optional
+
+
+def setup(
+    tokenizer_dir: Path,
+    out_dir: Path,
+    preset: Optional[str] = None,
+    config_file: Optional[Path] = None,
+    seed: int = 1337,
+) -> Path:
+    """Make a checkpoint with random weights. Train it on plain text with `litfreeze finetune full --data text.txt`.
+
+    Args:
+        tokenizer_dir: Where the tokenizer lies: a directory with tokenizer.json or tokenizer.model.
+        out_dir: The checkpoint directory to write.
+        preset: A shape by name: demo, smollm2-135m or llama-3.2-1b.
+        config_file: Or a shape from a Hugging Face config.json.
+        seed: Fixes the weights.
+    """
+    import torch
+
+    from litfreeze.checkpoint.directory import write_checkpoint
+    from litfreeze.config import PRESETS, Config, read_json
+    from litfreeze.errors import UsageError, did_you_mean
+    from litfreeze.model import GPT
+    from litfreeze.tokenizer import Tokenizer
+
+    if (preset is None) == (config_file is None):
+        raise UsageError(f"Name a shape: --preset {'|'.join(PRESETS)}, or --config_file a config.json.")
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--preset {preset!r} is unknown.{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}.")
+    hf_config = dict(PRESETS[preset]) if preset is not None else read_json(config_file)
+    tokenizer = Tokenizer.from_dir(tokenizer_dir)
+    if preset is not None:
+        hf_config |= {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id}
+        hf_config |= {"eos_token_id": tokenizer.eos_id, "torch_dtype": "float32"}
+    config = Config.from_hf(hf_config, str(config_file or preset))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"{tokenizer_dir}: {tokenizer.vocab_size} tokens do not fit a vocab_size of {config.vocab_size}."
+        )
+    model = GPT(config)
+    model.init_weights(seed)
+    weights = dict(model.named_parameters())
+    layout = {name: (torch.float32, tuple(weight.shape)) for name, weight in weights.items()}
+    write_checkpoint(Path(out_dir), hf_config, layout, weights.__getitem__, {"kind": "init"}, Path(tokenizer_dir))
+    total = sum(weight.numel() for weight in weights.values())
+    print(f"{out_dir}: {config.n_layer} blocks, {total:,} random parameters (seed {seed}).")
+    print(f"Next: litfreeze finetune full --checkpoint_dir {out_dir} --data text.txt")
+    return Path(out_dir)

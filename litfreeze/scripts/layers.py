@@ -1,0 +1,64 @@
+"""`litfreeze layers`: what a choice of layers would train and cost, without training."""
+
+from pathlib import Path
+from typing import Literal, Optional, Union
+
+Layers = Union[int, str, list[Union[int, str]], None]
+Names = Union[str, list[str], None]
+
+
+def setup(
+    checkpoint_dir: Optional[Path] = None,
+    trainable_layers: Layers = None,
+    trainable_modules: Names = None,
+    trainable_extra: Names = None,
+    untie_embeddings: bool = False,
+    freeze_trainable_layers: Optional[int] = None,
+    freeze_trainable_modules: Names = None,
+    freeze_extra_modules: Names = None,
+    freeze_trainable_layers_ids: Layers = None,
+    precision: Optional[Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]] = None,
+    micro_batch_size: int = 4,
+    max_seq_length: int = 512,
+) -> None:
+    """Print which parameters a choice of layers trains and the memory it needs. Nothing is loaded or trained.
+
+    Args:
+        checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
+        trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  all  none. By default
+            the whole model trains.
+        trainable_modules: Inside those blocks only these: attn, mlp, norm, q_proj, ... or globs or re:... on full names.
+        trainable_extra: Also outside the blocks: embed, head, final_norm.
+        untie_embeddings: Give a head that is tied to the embedding a copy of its own.
+        freeze_trainable_layers: LLaMA-Factory's word: n > 0 trains the last n blocks, n < 0 the first n.
+        freeze_trainable_modules: LLaMA-Factory's word for trainable_modules.
+        freeze_extra_modules: LLaMA-Factory's word for trainable_extra.
+        freeze_trainable_layers_ids: Block ids in the style of the LLaMA-Factory patches: 1,2,10.
+        precision: What the weights would be kept in; by default what this machine trains in.
+        micro_batch_size: Samples in one forward pass.
+        max_seq_length: Tokens in each of them.
+    """
+    from litfreeze.errors import UsageError
+    from litfreeze.finetune.setting import open_base
+    from litfreeze.freeze.memory import PRECISIONS, describe_memory
+    from litfreeze.freeze.words import plan_from_words
+    from litfreeze.train.launch import default_precision
+
+    if micro_batch_size < 1 or max_seq_length < 1:
+        raise UsageError("--micro_batch_size and --max_seq_length must be at least 1.")
+    base = open_base(checkpoint_dir, untie_embeddings)
+    plan = plan_from_words(
+        base.config,
+        trainable_layers,
+        trainable_modules,
+        trainable_extra,
+        freeze_trainable_layers,
+        freeze_trainable_modules,
+        freeze_extra_modules,
+        freeze_trainable_layers_ids,
+    )
+    kept = PRECISIONS[precision or default_precision("auto")]
+    tokens = micro_batch_size * max_seq_length
+    print(f"{base.path}\n{plan.summary()}\n\n{plan.table()}\n")
+    print(f"Memory, estimated for {kept.name}, AdamW and {tokens:,} tokens in a micro-batch, all of them with a loss:")
+    print(describe_memory(plan, kept, tokens, tokens))

@@ -1,0 +1,47 @@
+"""Fabric: which device, how many processes, which precision."""
+
+import os
+from collections.abc import Callable
+from typing import Any, Optional, Union
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from litfreeze.errors import UsageError
+from litfreeze.freeze.memory import PRECISIONS, Precision
+
+
+def build_fabric(
+    accelerator: str, devices: Union[int, str], num_nodes: int, precision: Optional[str]
+) -> tuple[Fabric, Precision]:
+    """A Fabric for this machine and the precision it runs in: 32-true on a CPU, bf16-mixed on a GPU that has it.
+
+    Raises UsageError for a device that is not there or a precision that the device does not have."""
+    name = precision or default_precision(accelerator)
+    if name not in PRECISIONS:
+        raise UsageError(f"--precision {name!r} is unknown. Choose from {', '.join(PRECISIONS)}.")
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=name)
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--accelerator {accelerator} --devices {devices} cannot be used here: {reason}") from None
+    if fabric.device.type == "cpu" and name == "16-mixed":
+        raise UsageError("--precision 16-mixed needs a GPU. On a CPU choose 32-true (fastest), bf16-mixed or bf16-true.")
+    if fabric.device.type == "cuda" and name.startswith("bf16") and not torch.cuda.is_bf16_supported():
+        raise UsageError(f"--precision {name}: this GPU has no bfloat16. Choose 16-mixed or 32-true.")
+    return fabric, PRECISIONS[name]
+
+
+def default_precision(accelerator: str) -> str:
+    """bf16-mixed on a GPU that has bfloat16, else 32-true."""
+    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def launch(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
+    """Starts the processes `fabric` asks for and calls `function(fabric, *arguments)` on each. Under `fabric run` they
+    are running already, and Fabric refuses a second launch."""
+    if os.environ.get("LT_CLI_USED") == "1":
+        return function(fabric, *arguments)
+    return fabric.launch(function, *arguments)

@@ -1,0 +1,193 @@
+"""fit and validate: one loop for every method. It asks the plan nothing; what trains is in the optimizer."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from litfreeze.data.batches import epoch_order, step_batches, steps_per_epoch, val_batches
+from litfreeze.data.samples import IGNORE, Sample, Samples
+from litfreeze.errors import RunError, UsageError
+from litfreeze.train.args import EvalArgs, TrainArgs
+from litfreeze.train.monitor import Monitor
+from litfreeze.train.optim import lr_at, warmup_steps
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Over all validation records: mean loss per target token, share of targets hit greedily, share of records whose
+    response greedy decoding would write word for word."""
+
+    loss: float
+    accuracy: float
+    exact_match: float
+    targets: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The length of a run, in optimizer steps, fixed before the first one."""
+
+    max_steps: int
+    steps_per_epoch: int
+    warmup: int
+    eval_interval: int
+
+    @classmethod
+    def plan(cls, n_samples: int, train: TrainArgs, eval: EvalArgs) -> "Schedule":
+        """`max_steps` alone runs as many epochs as it takes; with `epochs` too, the shorter one holds."""
+        per_epoch = steps_per_epoch(n_samples, train.global_batch_size)
+        limits = [train.max_steps, train.epochs and train.epochs * per_epoch]
+        max_steps = min(limit for limit in limits if limit is not None)
+        interval = eval.interval or max(1, -(-max_steps // 10))
+        return cls(max_steps, per_epoch, warmup_steps(train, max_steps), interval)
+
+    @property
+    def epochs(self) -> float:
+        return self.max_steps / self.steps_per_epoch
+
+
+@dataclass
+class Outcome:
+    """What a run reached."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    before: Optional[Scores] = None
+    after: Optional[Scores] = None
+    best_loss: float = float("inf")
+    best_step: int = 0
+    stopped: str = ""  # why it ended before its last step
+
+
+def fit(
+    fabric: Fabric,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: Samples,
+    schedule: Schedule,
+    train: TrainArgs,
+    eval: EvalArgs,
+    monitor: Monitor,
+    save: Callable[[str, Outcome], object],
+    seed: int,
+) -> Outcome:
+    """Trains `model` (a `NextToken` under Fabric) and returns what it reached.
+
+    The gradient of a step is the mean over all target tokens of its global batch, however that is cut into
+    micro-batches and processes. `save(name, outcome)` writes a checkpoint. Raises RunError on a loss that is not finite."""
+    outcome = Outcome()
+    measure = bool(samples.val)
+    if measure and eval.initial_validation:
+        outcome.before = outcome.after = validate(fabric, model, samples.val, train.micro_batch_size)
+        outcome.best_loss = outcome.before.loss
+        monitor.validated(0, outcome.before)
+    limit = seconds(train.max_time)
+    worse = 0  # validations in a row that did not beat the best
+    start = time.perf_counter()
+    while outcome.step < schedule.max_steps and not outcome.stopped:
+        epoch, within = divmod(outcome.step, schedule.steps_per_epoch)
+        if within == 0:
+            order = epoch_order(len(samples.train), seed, epoch)
+        lr = lr_at(outcome.step, schedule.max_steps, schedule.warmup, train)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batches = step_batches(
+            samples.train,
+            order,
+            within,
+            train.global_batch_size,
+            train.micro_batch_size,
+            fabric.global_rank,
+            fabric.world_size,
+        )
+        read = sum(len(samples.train[i].tokens) - 1 for batch in batches for i in batch.indices)
+        loss, norm, tokens = _step(fabric, model, optimizer, batches, read, train.max_norm, outcome.step)
+        outcome.step += 1
+        outcome.tokens += tokens
+        outcome.seconds = time.perf_counter() - start
+        monitor.stepped(outcome.step, epoch, lr, loss, norm, outcome.tokens, outcome.seconds)
+        if limit is not None and _any(fabric, outcome.seconds >= limit):
+            outcome.stopped = f"--train.max_time {train.max_time} was reached"
+        last = outcome.step == schedule.max_steps or bool(outcome.stopped)
+        if measure and (last or outcome.step % schedule.eval_interval == 0):
+            outcome.after = validate(fabric, model, samples.val, train.micro_batch_size)
+            monitor.validated(outcome.step, outcome.after)
+            better = outcome.after.loss < outcome.best_loss
+            worse = 0 if better else worse + 1
+            if better:
+                outcome.best_loss, outcome.best_step = outcome.after.loss, outcome.step
+                if eval.save_best and not last:
+                    save("best", outcome)
+            if eval.patience is not None and worse >= eval.patience and not last:
+                outcome.stopped = f"{worse} validations in a row did not beat {outcome.best_loss:.4f}"
+        if train.save_interval and outcome.step % train.save_interval == 0 and not last:
+            save(f"step-{outcome.step:06d}", outcome)
+    return outcome
+
+
+def _step(fabric, model, optimizer, batches, read, max_norm, step) -> tuple[float, float, int]:
+    """One optimizer step over this rank's micro-batches: mean loss, gradient norm before clipping, tokens read."""
+    model.train()
+    counts = torch.tensor([sum(int((b.targets != IGNORE).sum()) for b in batches), read], dtype=torch.float64)
+    targets, tokens = _sum(fabric, counts).tolist()
+    if targets == 0:
+        raise RunError(f"Step {step + 1} has no target token; a record without a response slipped through.")
+    total = torch.zeros((), dtype=torch.float64)
+    for i, batch in enumerate(batches):
+        with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
+            scored = model(fabric.to_device(batch.tokens), fabric.to_device(batch.targets))
+            # DDP averages over processes, so each one's share is scaled up by their number
+            fabric.backward(scored.loss * (fabric.world_size / targets))
+        total += scored.loss.detach().double().cpu()
+    loss = (_sum(fabric, total) / targets).item()
+    if not torch.isfinite(torch.tensor(loss)):
+        raise RunError(
+            f"The loss became {loss} at step {step + 1}. Lower --train.lr, or look at the records of this step: "
+            f"{', '.join(str(i) for b in batches for i in b.indices)[:80]}."
+        )
+    norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or float("inf"), error_if_nonfinite=False)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, float(norm), int(tokens)
+
+
+@torch.no_grad()
+def validate(fabric: Fabric, model: nn.Module, samples: list[Sample], micro_batch_size: int) -> Scores:
+    """Scores over all of `samples`, the same whatever the number of processes."""
+    model.eval()
+    sums = torch.zeros(5, dtype=torch.float64)
+    for batch in val_batches(samples, micro_batch_size, fabric.global_rank, fabric.world_size):
+        s = model(fabric.to_device(batch.tokens), fabric.to_device(batch.targets))
+        sums += torch.stack([v.double().cpu() for v in (s.loss, s.targets, s.right, s.exact, s.records)])
+    loss, targets, right, exact, records = _sum(fabric, sums).tolist()
+    return Scores(loss / targets, right / targets, exact / records, int(targets))
+
+
+def _sum(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, on the CPU."""
+    if fabric.world_size == 1:
+        return values
+    return fabric.all_reduce(values.to(fabric.device), reduce_op="sum").cpu()
+
+
+def _any(fabric: Fabric, flag: bool) -> bool:
+    """True on every process if it is on one: all must leave the loop together."""
+    return bool(_sum(fabric, torch.tensor(float(flag))) > 0)
+
+
+def seconds(limit: Optional[Union[float, str]]) -> Optional[float]:
+    """90, '90s', '30m' and '1h30m' in seconds. Raises UsageError for anything else."""
+    if limit is None:
+        return None
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(limit).strip())
+    if not found or not any(found.groups()):
+        raise UsageError(f"--train.max_time {limit!r} is no time. Write seconds, 90s, 30m or 1h30m.")
+    hours, minutes, rest = (float(part or 0) for part in found.groups())
+    return hours * 3600 + minutes * 60 + rest

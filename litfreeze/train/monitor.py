@@ -1,0 +1,121 @@
+"""What a person watches while a run trains: a line or a bar, metrics.csv, TensorBoard."""
+
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from litfreeze.train.loop import Scores
+
+COLUMNS = (
+    "step", "epoch", "lr", "train_loss", "grad_norm", "tokens", "tokens_per_second", "seconds",
+    "val_loss", "val_accuracy", "val_exact_match",
+)  # fmt: skip
+
+
+class Monitor:
+    """Writes `metrics.csv` in `out_dir` (each row reaches the disk's cache at once), TensorBoard events where it is
+    installed, and either a progress bar (on a terminal) or about twenty plain lines. Silent on ranks other than 0."""
+
+    def __init__(self, out_dir: Path, max_steps: int, log_interval: int, rank: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.active = rank == 0
+        self.max_steps = max_steps
+        self.log_interval = log_interval
+        self.line_interval = max(log_interval, -(-max_steps // 20))
+        self.bar: Optional[tqdm] = None
+        self.csv = self.events = None
+        if self.active:
+            self.csv = (out_dir / "metrics.csv").open("w", newline="", encoding="utf-8")
+            csv.DictWriter(self.csv, COLUMNS).writeheader()
+            self.events = _tensorboard(out_dir)
+
+    def stepped(
+        self, step: int, epoch: int, lr: float, loss: float, grad_norm: float, tokens: int, seconds: float
+    ) -> None:
+        """One optimizer step is done: `tokens` and `seconds` are totals."""
+        speed = tokens / max(seconds, 1e-9)
+        if not self.active:
+            return
+        if step % self.log_interval == 0 or step == self.max_steps:
+            self._record(
+                step=step, epoch=epoch, lr=lr, train_loss=loss, grad_norm=grad_norm, tokens=tokens,
+                tokens_per_second=round(speed, 1), seconds=round(seconds, 3),
+            )  # fmt: skip
+        if sys.stderr.isatty():
+            if self.bar is None:
+                self.bar = tqdm(total=self.max_steps, unit="step", dynamic_ncols=True, leave=False)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif step % self.line_interval == 0 or step == self.max_steps:
+            left = _clock(seconds / step * (self.max_steps - step))
+            self.say(
+                f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
+                f"{speed:,.0f} tokens/s  {left} left"
+            )
+
+    def validated(self, step: int, scores: "Scores") -> None:
+        """A validation after `step` steps is done."""
+        if not self.active:
+            return
+        self._record(
+            step=step, val_loss=scores.loss, val_accuracy=scores.accuracy, val_exact_match=scores.exact_match
+        )
+        self.say(f"step {step}: {describe(scores)}")
+
+    def say(self, text: str) -> None:
+        """A line to the person, above the bar if there is one. On rank 0 only."""
+        if not self.active:
+            return
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.csv is not None:
+            self.csv.flush()
+            os.fsync(self.csv.fileno())
+            self.csv.close()
+            self.csv = None
+        if self.events is not None:
+            self.events.close()
+            self.events = None
+
+    def _record(self, **row: Any) -> None:
+        self.rows.append(row)
+        csv.DictWriter(self.csv, COLUMNS).writerow(row)
+        self.csv.flush()
+        if self.events is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.events.add_scalar(name, value, row["step"])
+
+
+def describe(scores: "Scores") -> str:
+    """'validation loss 0.1234, 93.1 % of responses right word for word (…)'."""
+    return (
+        f"validation loss {scores.loss:.4f}, exact match {100 * scores.exact_match:.1f} %, "
+        f"tokens right {100 * scores.accuracy:.1f} %"
+    )
+
+
+def _tensorboard(out_dir: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out_dir / "tensorboard"))
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

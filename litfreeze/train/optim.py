@@ -1,0 +1,49 @@
+"""The optimizer over what the plan trains, and the learning rate at each step."""
+
+import math
+
+import torch
+from torch import nn
+
+from litfreeze.errors import UsageError
+from litfreeze.freeze.plan import FreezePlan
+from litfreeze.train.args import TrainArgs
+
+
+def build_optimizer(model: nn.Module, plan: FreezePlan, train: TrainArgs) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the plan's parameters and no other; fused where torch has it.
+
+    Matrices decay, norms and biases do not. The plan is checked against the model and the optimizer once more."""
+    chosen = [parameter for name, parameter in model.named_parameters() if name in plan.trained]
+    groups = [
+        {"params": [p for p in chosen if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in chosen if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for p in chosen)
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=fused)
+    plan.check(model, optimizer)
+    return optimizer
+
+
+def lr_at(step: int, max_steps: int, warmup: int, train: TrainArgs) -> float:
+    """The learning rate of step `step` (from 0) of `max_steps`.
+
+    Warmup rises to `train.lr`, and its first step already learns; then it is constant, or falls (in a line or half a
+    cosine) so as to reach `train.min_lr` one step after the last. `warmup` may be 0 or all of `max_steps`."""
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[train.lr_schedule]
+    return train.min_lr + (train.lr - train.min_lr) * left
+
+
+def warmup_steps(train: TrainArgs, max_steps: int) -> int:
+    """`--train.lr_warmup_steps`, or 3 % of the steps. Raises UsageError if the warmup is longer than the run."""
+    if train.lr_warmup_steps is None:
+        return math.ceil(0.03 * max_steps)
+    if train.lr_warmup_steps > max_steps:
+        raise UsageError(
+            f"--train.lr_warmup_steps {train.lr_warmup_steps} is longer than the run of {max_steps} steps."
+        )
+    return train.lr_warmup_steps

@@ -1,0 +1,204 @@
+"""What a run tells the person: before it starts, when it is done, and in report.md."""
+
+import resource
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.tensors import write_text
+from litfreeze.checkpoint.trained import Proof
+from litfreeze.data.samples import IGNORE, Sample, Samples
+from litfreeze.freeze.memory import Precision, describe_memory, megabytes
+from litfreeze.freeze.plan import FreezePlan
+from litfreeze.tokenizer import Tokenizer
+from litfreeze.train.args import TrainArgs
+from litfreeze.train.loop import Outcome, Schedule
+from litfreeze.train.monitor import describe
+
+
+@dataclass
+class Exchange:
+    """One record, and what the model answered to it before and after training."""
+
+    prompt_tokens: list[int]
+    prompt: str
+    expected: str
+    before: str = ""
+    after: str = ""
+
+    @classmethod
+    def first(cls, tokenizer: Tokenizer, samples: list[Sample]) -> "Exchange":
+        """Of the first sample; of plain text, its first tokens are the prompt."""
+        sample = samples[0]
+        cut = len(sample.prompt_tokens) or min(16, len(sample.tokens) // 2)
+        prompt, expected = sample.tokens[:cut].tolist(), sample.tokens[cut:].tolist()
+        return cls(prompt, tokenizer.decode(prompt), tokenizer.decode(expected))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The facts of a run that are known before its first step."""
+
+    checkpoint: Checkpoint
+    plan: FreezePlan
+    precision: Precision
+    train: TrainArgs
+    samples: Samples
+    schedule: Schedule
+    device: torch.device
+    recipe: str
+
+    def opening(self, prompt_style: str) -> str:
+        """What will train, on what, for how long, and what it will cost."""
+        config, schedule = self.checkpoint.config, self.schedule
+        tokens, targets = self._micro_batch()
+        return "\n".join(
+            [
+                f"Model     {self.checkpoint.path} ({config.n_layer} blocks, {self.plan.n_parameters:,} parameters)",
+                f"Data      {self.samples.describe().replace(chr(10), chr(10) + ' ' * 10)}",
+                f"          Prompt style: {prompt_style}.",
+                f"Run       {schedule.max_steps} steps of {self.train.global_batch_size} samples "
+                f"({schedule.epochs:.3g} epochs), lr {self.train.lr:g} {self.train.lr_schedule} after {schedule.warmup} "
+                f"warmup steps, {self.precision.name} on {self.device.type}",
+                f"Trains    {self.plan.summary()}",
+                "",
+                self.plan.table(),
+                "",
+                f"Memory, estimated for micro-batches of {self.train.micro_batch_size} (up to {tokens:,} tokens):",
+                describe_memory(self.plan, self.precision, tokens, targets),
+                "",
+            ]
+        )
+
+    def closing(self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange) -> str:
+        """What came of it, where it lies, and what to type next."""
+        final = shlex.quote(str(out_dir / "final"))
+        question = shlex.quote(_last_line(exchange.prompt))
+        lines = ["", *self._results(outcome, proof), "", *_dialogue(exchange), ""]
+        if outcome.stopped:
+            lines.append(f"Stopped early: {outcome.stopped}.")
+        lines += [
+            f"Written   {final}   (and {out_dir / 'report.md'}, loss.png, metrics.csv, recipe.yaml)",
+            "Next      " + f"litfreeze generate --checkpoint_dir {final} --prompt {question}",
+            "          " + f"litfreeze convert to_hf --checkpoint_dir {final} --out_dir {shlex.quote(str(out_dir / 'hf'))}",
+        ]
+        return "\n".join(lines)
+
+    def write(
+        self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange, rows: list[dict[str, Any]]
+    ) -> None:
+        """report.md, loss.png and recipe.yaml in `out_dir`."""
+        draw_losses(out_dir / "loss.png", rows)
+        fence = "```"
+        write_text(out_dir / "recipe.yaml", self.recipe)
+        write_text(
+            out_dir / "report.md",
+            "\n".join(
+                [
+                    f"# {self.plan.summary()}",
+                    "",
+                    f"Base: `{self.checkpoint.path}`. {self.samples.describe()}",
+                    "",
+                    *[f"- {line}" for line in self._results(outcome, proof)],
+                    "",
+                    "![loss](loss.png)",
+                    "",
+                    "## One validation record",
+                    "",
+                    fence,
+                    *_dialogue(exchange),
+                    fence,
+                    "",
+                    "## What trained",
+                    "",
+                    fence,
+                    self.plan.table(),
+                    fence,
+                    "",
+                    "## Recipe",
+                    "",
+                    "`litfreeze finetune … --config recipe.yaml` repeats this run.",
+                    "",
+                    fence + "yaml",
+                    self.recipe.rstrip(),
+                    fence,
+                    "",
+                ]
+            ),
+        )
+
+    def _results(self, outcome: Outcome, proof: Proof) -> list[str]:
+        lines = []
+        if outcome.before:
+            lines.append(f"Before    {describe(outcome.before)}")
+        if outcome.after:
+            lines.append(f"After     {describe(outcome.after)}")
+            if outcome.best_step not in (0, outcome.step):
+                lines.append(f"Best      validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, kept in best/")
+        lines.append(f"Frozen    {proof.describe()}")
+        lines.append(
+            f"Speed     {outcome.step} steps in {outcome.seconds:.1f} s, "
+            f"{outcome.tokens / max(outcome.seconds, 1e-9):,.0f} tokens/s, peak memory {peak_memory(self.device)}"
+        )
+        return lines
+
+    def _micro_batch(self) -> tuple[int, int]:
+        """Tokens and targets in the largest micro-batch that can happen."""
+        count = self.train.micro_batch_size
+        lengths = sorted((len(s.tokens) - 1 for s in self.samples.train), reverse=True)
+        targets = sorted((int((s.labels[1:] != IGNORE).sum()) for s in self.samples.train), reverse=True)
+        return min(count, len(lengths)) * lengths[0], sum(targets[:count])
+
+
+def draw_losses(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Training and validation loss over the steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for column, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(row["step"], row[column]) for row in rows if column in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+    axes.set(xlabel="optimizer step", ylabel="loss per target token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=120, format="png")
+    plt.close(figure)
+    aside.replace(path)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most that this process held: on the GPU if it trains there, else of the whole process."""
+    if device.type == "cuda":
+        return f"{megabytes(torch.cuda.max_memory_allocated(device))} on the GPU"
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    return megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _dialogue(exchange: Exchange) -> list[str]:
+    return [
+        f"Prompt    {_shorten(exchange.prompt)}",
+        f"Expected  {_shorten(exchange.expected)}",
+        f"Before    {_shorten(exchange.before)}",
+        f"After     {_shorten(exchange.after)}",
+    ]
+
+
+def _shorten(text: str, width: int = 200) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _last_line(prompt: str) -> str:
+    """Something of the prompt that is worth typing again."""
+    lines = [line.strip() for line in prompt.splitlines() if len(line.split()) > 1]
+    return lines[-1] if lines else "Hello"
