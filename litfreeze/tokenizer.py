@@ -219,7 +219,7 @@ class TextStream:
         """The text that is certain now that `token_id` has come; often one word, sometimes nothing."""
         self._new.append(int(token_id))
         # A run of byte tokens is read as a whole: an invalid one behind spoils even the valid ones before it.
-        if False:
+        if self._new[-1] in self._tokenizer.byte_ids:
             return ""
         text = self._pending()
         if not text or text.endswith(REPLACEMENT):
