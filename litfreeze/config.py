@@ -83,14 +83,12 @@ class Config:
         return config
 
 
-# --- one function per shape of config.json -----------------------------------------------------------------------
+# --- one function per shape of config.json --------------------------------------------------------------------------
 
 
 def _llama_like(fields: "_Fields", model_type: str) -> Config:
     """Llama, Mistral, Qwen2 and Qwen3: one block, told apart by biases, q/k norm and windows."""
-    n_embd, n_head, n_layer = (
-        fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
+    n_embd, n_head, n_layer = (fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     # Qwen3's head size has a default of its own; the others derive it
     head_size = fields.size("head_dim", 128 if model_type == "qwen3" else n_embd // n_head)
     block_size = fields.size("max_position_embeddings")
@@ -141,9 +139,7 @@ def _windows(fields: "_Fields", model_type: str, n_layer: int) -> tuple[Optional
 
 
 def _gpt_neox(fields: "_Fields", _: str) -> Config:
-    n_embd, n_head, n_layer = (
-        fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
+    n_embd, n_head, n_layer = (fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     attention_bias = bool(fields.take("attention_bias", True))
     block_size = fields.size("max_position_embeddings")
     return Config(
@@ -222,18 +218,20 @@ ACTIVATIONS = {
 
 # Fields that do not change a forward pass: tokens and generation habits, bookkeeping, and the regularisation of
 # pretraining (litfreeze trains without dropout, as LitGPT does).
-HARMLESS = frozenset(
-    """
-    _name_or_path _attn_implementation _attn_implementation_autoset attn_implementation transformers_version
-    torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
-    attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop classifier_dropout summary_type summary_use_proj
-    summary_activation summary_proj_to_labels summary_first_dropout task_specific_params pretraining_tp is_llama_config
-    id2label label2id num_labels problem_type output_hidden_states output_attentions return_dict return_dict_in_generate
-    chunk_size_feed_forward tokenizer_class prefix finetuning_task transformers.js_config unsloth_version unsloth_fixed
-    temperature top_p top_k do_sample max_length min_length repetition_penalty num_beams model_max_length
-    torchscript gradient_checkpointing keys_to_ignore_at_inference is_decoder
-    """.split()
-)
+# fmt: off
+HARMLESS = frozenset({
+    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
+    "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
+    "sep_token_id", "unk_token_id", "decoder_start_token_id", "attention_dropout", "hidden_dropout", "attn_pdrop",
+    "embd_pdrop", "resid_pdrop", "classifier_dropout", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_proj_to_labels", "summary_first_dropout", "task_specific_params", "pretraining_tp", "is_llama_config",
+    "id2label", "label2id", "num_labels", "problem_type", "output_hidden_states", "output_attentions", "return_dict",
+    "return_dict_in_generate", "chunk_size_feed_forward", "tokenizer_class", "prefix", "finetuning_task",
+    "transformers.js_config", "unsloth_version", "unsloth_fixed", "temperature", "top_p", "top_k", "do_sample",
+    "max_length", "min_length", "repetition_penalty", "num_beams", "model_max_length", "torchscript",
+    "gradient_checkpointing", "keys_to_ignore_at_inference", "is_decoder",
+})
+# fmt: on
 
 
 class _Fields:

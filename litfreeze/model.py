@@ -194,7 +194,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# --- norms: weights may be kept in another dtype than the stream they scale ------------------------------------------
+# --- norms: weights may be kept in another dtype than the stream they scale -----------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -227,7 +227,7 @@ def build_norm(config: Config, size: int) -> nn.Module:
     return (RMSNorm if config.norm == "rmsnorm" else LayerNorm)(size, config.norm_eps)
 
 
-# --- positions ---------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------------------------
 
 
 def rotary_frequencies(rope: RoPE, device: torch.device) -> Tensor:
@@ -278,13 +278,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_mask(queries: Tensor, keys: Tensor, window: Optional[int]) -> Optional[Tensor]:
     """Who may look at whom, (T, S) bool, from positions (T,) and (S,); None where plain causal attention says it."""
     T, S = len(queries), len(keys)
-    if (T == S or T == 1) and (window is None or S <= window):
+    if (T == S or T == 1) and (window is None or window >= S):
         return None
     distance = queries[:, None] - keys[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-# --- generation --------------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------------------------
 
 
 class LayerCache:

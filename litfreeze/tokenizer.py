@@ -164,6 +164,11 @@ class Tokenizer:
         """Ids of the byte tokens `<0x00>` to `<0xFF>` that SentencePiece vocabularies fall back on."""
         return frozenset(i for byte in range(256) if (i := self._backend.token_to_id(f"<0x{byte:02X}>")) is not None)
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out by default."""
+        return self._backend.special_ids()
+
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
     ) -> str:
@@ -217,6 +222,8 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that is certain now that `token_id` has come; often one word, sometimes nothing."""
+        if self._skip and token_id in self._tokenizer.special_ids:
+            return ""
         self._new.append(int(token_id))
         # A run of byte tokens is read as a whole: an invalid one behind spoils even the valid ones before it.
         if self._new[-1] in self._tokenizer.byte_ids:
@@ -258,6 +265,9 @@ class _TokenizersBackend:
 
     def id_to_token(self, token_id: int) -> str | None:
         return self._tokenizer.id_to_token(token_id)
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
 
     def vocab_size(self) -> int:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -328,6 +338,9 @@ class _SentencePieceBackend:
         if token_id in self._texts:
             return self._texts[token_id]
         return self._model.id_to_piece(token_id) if 0 <= token_id < self._size else None
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self._texts)
 
     def vocab_size(self) -> int:
         return max(self._size - 1, *self._texts) + 1

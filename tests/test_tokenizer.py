@@ -98,8 +98,8 @@ def with_template(path, template, **config):
 
 # Text and ids
 
-# Without SentencePiece's own marks: U+2581 is its space, and decoded as one.
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=40)
+# No U+2581, which is SentencePiece's space and decoded as one, and no special tokens.
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁<"), max_size=40)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -121,10 +121,18 @@ def test_a_text_that_continues_gets_no_space_of_its_own(tokenizer, first, second
 def test_streamed_text_is_the_decoded_text(tokenizer, data, skip):
     """For any ids, even those that are no valid text."""
     bytes_first = st.sampled_from(sorted(tokenizer.byte_ids)) if tokenizer.byte_ids else st.nothing()
-    ids = data.draw(st.lists(st.one_of(bytes_first, st.integers(0, tokenizer.vocab_size - 1)), max_size=40))
+    ids = data.draw(
+        st.lists(st.one_of(bytes_first, st.integers(0, 4), st.integers(0, tokenizer.vocab_size - 1)), max_size=40)
+    )
     stream = tokenizer.stream(skip_special_tokens=skip)
     pushed = [stream.push(i) for i in ids]
     assert "".join(pushed) + stream.finish() == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+def test_a_stream_keeps_the_space_behind_a_skipped_token(tokenizer):
+    ids = [*tokenizer.encode("the"), tokenizer.eos_id, *tokenizer.encode(" the", continues=True)]
+    stream = tokenizer.stream()
+    assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids) == "the the"
 
 
 def test_a_stream_gives_no_half_characters_and_does_not_wait_for_the_end(tokenizer):

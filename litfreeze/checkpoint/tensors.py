@@ -65,7 +65,9 @@ class TensorFile:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 part = file.get_slice(name)
                 if part.get_dtype() not in DTYPES:
-                    raise UsageError(f"{self.path}: {name} is stored as {part.get_dtype()}, which litfreeze cannot use.")
+                    raise UsageError(
+                        f"{self.path}: {name} is stored as {part.get_dtype()}, which litfreeze cannot use."
+                    )
                 layout[name] = DTYPES[part.get_dtype()], tuple(part.get_shape())
         return layout
 

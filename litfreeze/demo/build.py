@@ -2,8 +2,8 @@
 
     python -m litfreeze.demo.build --sources DIR --work_dir out/demo
 
-DIR holds `gsm8k/train.jsonl` (question, answer), `snips/train.jsonl` and `snips/validate.jsonl` (prompt, completion) and
-`tinyshakespeare.txt`. Takes about half an hour on two cores; `--work_dir` keeps the runs behind the card's figures."""
+DIR holds `gsm8k/train.jsonl` (question, answer), `snips/train.jsonl` and `snips/validate.jsonl` (prompt,
+completion) and `tinyshakespeare.txt`. Takes about half an hour on two cores; `--work_dir` keeps the runs behind the card's figures."""
 
 import json
 import random
@@ -34,8 +34,8 @@ def build(sources: Path, work_dir: Path, seed: int = 1337) -> None:
         work_dir: Where the runs are kept; must be new.
         seed: Fixes every draw.
     """
-    from litfreeze.finetune.full import setup as finetune_full
     from litfreeze.data.args import DataArgs
+    from litfreeze.finetune.full import setup as finetune_full
     from litfreeze.scripts.init import setup as init
     from litfreeze.train.args import EvalArgs, TrainArgs
 

@@ -39,7 +39,7 @@ def setup(
         out_dir: Where the run is written; by default a new folder `out/finetune/full`.
         trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  all  none. By default
             the whole model trains.
-        trainable_modules: Inside those blocks only these: attn, mlp, norm, q_proj, ... or globs or re:... on full names.
+        trainable_modules: Inside those blocks only: attn, mlp, norm, q_proj, ...; a glob; or re:... on full names.
         trainable_extra: Also outside the blocks: embed, head, final_norm.
         untie_embeddings: Give a head that is tied to the embedding a copy of its own.
         freeze_trainable_layers: LLaMA-Factory's word: n > 0 trains the last n blocks, n < 0 the first n.

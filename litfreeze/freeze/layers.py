@@ -44,10 +44,7 @@ def format_layers(ids: Iterable[int]) -> str:
             runs[-1].append(i)
         else:
             runs.append([i])
-    shown = [
-        ",".join(map(str, run)) if len(run) < 3 else f"{run[0]}-{run[-1]}"
-        for run in runs
-    ]
+    shown = [",".join(map(str, run)) if len(run) < 3 else f"{run[0]}-{run[-1]}" for run in runs]
     return ",".join(shown) or "none"
 
 
@@ -86,7 +83,9 @@ def _parse_part(part: str, n_layer: int) -> Iterable[int]:
 def _id(part: str, n_layer: int, text: str) -> int:
     i = int(text)
     if not -n_layer <= i < n_layer:
-        raise UsageError(f"Layers {part!r}: this model has {n_layer} blocks, ids 0 to {n_layer - 1} (or -{n_layer} to -1).")
+        raise UsageError(
+            f"Layers {part!r}: this model has {n_layer} blocks, ids 0 to {n_layer - 1} (or -{n_layer} to -1)."
+        )
     return i % n_layer
 
 

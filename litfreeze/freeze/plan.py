@@ -122,7 +122,9 @@ class FreezePlan:
         """One line: what trains, and its share."""
         outside = [e for e in EXTRAS if any(n in self.trained for n in self._part(e))]
         blocks = [f"blocks {format_layers(self.layers)}"] if self.layers else []
-        partly = any(self._state(i) != frozenset(_inner(n) for n in self.sizes if block_of(n) == i) for i in self.layers)
+        partly = any(
+            self._state(i) != frozenset(_inner(n) for n in self.sizes if block_of(n) == i) for i in self.layers
+        )
         what = " + ".join(blocks + outside) + (" (in part)" if partly else "")
         share = 100 * self.n_trained / self.n_parameters
         return f"{what}: {self.n_trained:,} of {self.n_parameters:,} parameters train ({share:.2f} %)"
@@ -169,7 +171,9 @@ def _narrow(inside: list[str], words: list[str], all_names: list[str]) -> list[s
     for word in words:
         matched = {name for name in inside if _matches(word, name)}
         if not matched:
-            where = "in the chosen blocks" if any(_matches(word, name) for name in all_names) else "in this model's blocks"
+            where = (
+                "in the chosen blocks" if any(_matches(word, name) for name in all_names) else "in this model's blocks"
+            )
             known = _known(all_names)
             raise UsageError(
                 f"--trainable_modules {word!r} matches nothing {where}.{did_you_mean(word, known.split(', '))} "
@@ -219,7 +223,9 @@ def _format_rows(rows: list[tuple[str, str, int, int]]) -> str:
         cells.append((label, state, f"{trained:,}" if trained else "-", f"{size:,}", f"{100 * trained / total:.2f} %"))
     widths = [max(len(row[c]) for row in cells) for c in range(5)]
     lines = [
-        "  ".join(cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     ]
     rule = "-" * len(lines[0])

@@ -14,7 +14,8 @@ from litfreeze.model import GPT, KVCache
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. `temperature` 0 is greedy; `top_k` keeps the k likeliest tokens, `top_p` the fewest
-    whose probabilities reach p (nucleus sampling, Holtzman et al., arXiv 1904.09751). Raises UsageError if out of range."""
+    whose probabilities reach p (nucleus sampling, Holtzman et al., arXiv 1904.09751). Raises UsageError if out of
+    range."""
 
     temperature: float = 0.0
     top_k: Optional[int] = None
@@ -56,7 +57,9 @@ def generate_tokens(
     if len(prompt) == 0:
         raise UsageError("The prompt is empty.")
     if len(prompt) >= block_size:
-        raise UsageError(f"The prompt has {len(prompt)} tokens; this model sees at most {block_size}, the answer included.")
+        raise UsageError(
+            f"The prompt has {len(prompt)} tokens; this model sees at most {block_size}, the answer included."
+        )
     room = min(len(prompt) + max_new_tokens, block_size)
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else model.blocks[0].attn.k_proj.weight.dtype

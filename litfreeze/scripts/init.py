@@ -31,7 +31,9 @@ def setup(
     if (preset is None) == (config_file is None):
         raise UsageError(f"Name a shape: --preset {'|'.join(PRESETS)}, or --config_file a config.json.")
     if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset {preset!r} is unknown.{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}.")
+        raise UsageError(
+            f"--preset {preset!r} is unknown.{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
+        )
     hf_config = dict(PRESETS[preset]) if preset is not None else read_json(config_file)
     tokenizer = Tokenizer.from_dir(tokenizer_dir)
     if preset is not None:

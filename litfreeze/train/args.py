@@ -1,5 +1,6 @@
 """The options of `--train` and `--eval`. No heavy import: the command line reads this file to print its help."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, Union
 
@@ -51,6 +52,8 @@ class TrainArgs:
         _at_least(self, 1, *counts, "log_interval")
         _at_least(self, 0, "lr_warmup_steps", "min_lr", "weight_decay")
         _above_zero(self, "lr", "max_norm")
+        if self.max_time is not None:
+            seconds(self.max_time)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--train.{name} {getattr(self, name)} must be at least 0 and below 1.")
@@ -96,3 +99,12 @@ def _above_zero(args: Any, *names: str) -> None:
 
 def _group(args: Any) -> str:
     return type(args).__name__.removesuffix("Args").lower()
+
+
+def seconds(limit: Union[float, str]) -> float:
+    """90, '90s', '30m' and '1h30m' in seconds. Raises UsageError for anything else."""
+    found = re.fullmatch(r"(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+(?:\.[0-9]+)?)s?)?", str(limit).strip())
+    if not found or not any(found.groups()):
+        raise UsageError(f"--train.max_time {limit!r} is no time. Write seconds, 90s, 30m or 1h30m.")
+    hours, minutes, rest = (float(part or 0) for part in found.groups())
+    return hours * 3600 + minutes * 60 + rest

@@ -27,7 +27,9 @@ def build_fabric(
         reason = " ".join(str(error).split())
         raise UsageError(f"--accelerator {accelerator} --devices {devices} cannot be used here: {reason}") from None
     if fabric.device.type == "cpu" and name == "16-mixed":
-        raise UsageError("--precision 16-mixed needs a GPU. On a CPU choose 32-true (fastest), bf16-mixed or bf16-true.")
+        raise UsageError(
+            "--precision 16-mixed needs a GPU. On a CPU choose 32-true (fastest), bf16-mixed or bf16-true."
+        )
     if fabric.device.type == "cuda" and name.startswith("bf16") and not torch.cuda.is_bf16_supported():
         raise UsageError(f"--precision {name}: this GPU has no bfloat16. Choose 16-mixed or 32-true.")
     return fabric, PRECISIONS[name]

@@ -1,19 +1,19 @@
 """fit and validate: one loop for every method. It asks the plan nothing; what trains is in the optimizer."""
 
-import re
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from litfreeze.data.batches import epoch_order, step_batches, steps_per_epoch, val_batches
+from litfreeze.data.batches import Batch, epoch_order, step_batches, steps_per_epoch, val_batches
 from litfreeze.data.samples import IGNORE, Sample, Samples
-from litfreeze.errors import RunError, UsageError
-from litfreeze.train.args import EvalArgs, TrainArgs
+from litfreeze.errors import RunError
+from litfreeze.train.args import EvalArgs, TrainArgs, seconds
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.optim import lr_at, warmup_steps
 
@@ -57,7 +57,7 @@ class Outcome:
     """What a run reached."""
 
     step: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training alone, without validating and saving
     tokens: int = 0
     before: Optional[Scores] = None
     after: Optional[Scores] = None
@@ -81,16 +81,17 @@ def fit(
     """Trains `model` (a `NextToken` under Fabric) and returns what it reached.
 
     The gradient of a step is the mean over all target tokens of its global batch, however that is cut into
-    micro-batches and processes. `save(name, outcome)` writes a checkpoint. Raises RunError on a loss that is not finite."""
+    micro-batches and processes. `save(name, outcome)` writes a checkpoint. Raises RunError on a loss that is not
+    finite."""
     outcome = Outcome()
     measure = bool(samples.val)
     if measure and eval.initial_validation:
         outcome.before = outcome.after = validate(fabric, model, samples.val, train.micro_batch_size)
         outcome.best_loss = outcome.before.loss
         monitor.validated(0, outcome.before)
-    limit = seconds(train.max_time)
+    limit = None if train.max_time is None else seconds(train.max_time)
     worse = 0  # validations in a row that did not beat the best
-    start = time.perf_counter()
+    began = time.perf_counter()
     while outcome.step < schedule.max_steps and not outcome.stopped:
         epoch, within = divmod(outcome.step, schedule.steps_per_epoch)
         if within == 0:
@@ -107,13 +108,13 @@ def fit(
             fabric.global_rank,
             fabric.world_size,
         )
-        read = sum(len(samples.train[i].tokens) - 1 for batch in batches for i in batch.indices)
-        loss, norm, tokens = _step(fabric, model, optimizer, batches, read, train.max_norm, outcome.step)
+        start = time.perf_counter()
+        loss, norm, tokens = _step(fabric, model, optimizer, batches, samples.train, train.max_norm)
         outcome.step += 1
         outcome.tokens += tokens
-        outcome.seconds = time.perf_counter() - start
+        outcome.seconds += time.perf_counter() - start
         monitor.stepped(outcome.step, epoch, lr, loss, norm, outcome.tokens, outcome.seconds)
-        if limit is not None and _any(fabric, outcome.seconds >= limit):
+        if limit is not None and _any(fabric, time.perf_counter() - began >= limit):
             outcome.stopped = f"--train.max_time {train.max_time} was reached"
         last = outcome.step == schedule.max_steps or bool(outcome.stopped)
         if measure and (last or outcome.step % schedule.eval_interval == 0):
@@ -132,13 +133,20 @@ def fit(
     return outcome
 
 
-def _step(fabric, model, optimizer, batches, read, max_norm, step) -> tuple[float, float, int]:
+def _step(
+    fabric: Fabric,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    samples: list[Sample],
+    max_norm: Optional[float],
+) -> tuple[float, float, int]:
     """One optimizer step over this rank's micro-batches: mean loss, gradient norm before clipping, tokens read."""
     model.train()
+    used = [samples[i] for batch in batches for i in batch.indices]
+    read = sum(len(sample.tokens) - 1 for sample in used)
     counts = torch.tensor([sum(int((b.targets != IGNORE).sum()) for b in batches), read], dtype=torch.float64)
     targets, tokens = _sum(fabric, counts).tolist()
-    if targets == 0:
-        raise RunError(f"Step {step + 1} has no target token; a record without a response slipped through.")
     total = torch.zeros((), dtype=torch.float64)
     for i, batch in enumerate(batches):
         with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
@@ -147,11 +155,9 @@ def _step(fabric, model, optimizer, batches, read, max_norm, step) -> tuple[floa
             fabric.backward(scored.loss * (fabric.world_size / targets))
         total += scored.loss.detach().double().cpu()
     loss = (_sum(fabric, total) / targets).item()
-    if not torch.isfinite(torch.tensor(loss)):
-        raise RunError(
-            f"The loss became {loss} at step {step + 1}. Lower --train.lr, or look at the records of this step: "
-            f"{', '.join(str(i) for b in batches for i in b.indices)[:80]}."
-        )
+    if not math.isfinite(loss):
+        places = ", ".join(sample.source for sample in used[:4])
+        raise RunError(f"The loss became {loss}. Lower --train.lr, or look at the records of this step: {places} ….")
     norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or float("inf"), error_if_nonfinite=False)
     optimizer.step()
     optimizer.zero_grad()
@@ -180,14 +186,3 @@ def _sum(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:
 def _any(fabric: Fabric, flag: bool) -> bool:
     """True on every process if it is on one: all must leave the loop together."""
     return bool(_sum(fabric, torch.tensor(float(flag))) > 0)
-
-
-def seconds(limit: Optional[Union[float, str]]) -> Optional[float]:
-    """90, '90s', '30m' and '1h30m' in seconds. Raises UsageError for anything else."""
-    if limit is None:
-        return None
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(limit).strip())
-    if not found or not any(found.groups()):
-        raise UsageError(f"--train.max_time {limit!r} is no time. Write seconds, 90s, 30m or 1h30m.")
-    hours, minutes, rest = (float(part or 0) for part in found.groups())
-    return hours * 3600 + minutes * 60 + rest

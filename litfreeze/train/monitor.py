@@ -62,9 +62,7 @@ class Monitor:
         """A validation after `step` steps is done."""
         if not self.active:
             return
-        self._record(
-            step=step, val_loss=scores.loss, val_accuracy=scores.accuracy, val_exact_match=scores.exact_match
-        )
+        self._record(step=step, val_loss=scores.loss, val_accuracy=scores.accuracy, val_exact_match=scores.exact_match)
         self.say(f"step {step}: {describe(scores)}")
 
     def say(self, text: str) -> None:

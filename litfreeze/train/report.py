@@ -5,7 +5,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -63,8 +63,8 @@ class Report:
                 f"Data      {self.samples.describe().replace(chr(10), chr(10) + ' ' * 10)}",
                 f"          Prompt style: {prompt_style}.",
                 f"Run       {schedule.max_steps} steps of {self.train.global_batch_size} samples "
-                f"({schedule.epochs:.3g} epochs), lr {self.train.lr:g} {self.train.lr_schedule} after {schedule.warmup} "
-                f"warmup steps, {self.precision.name} on {self.device.type}",
+                f"({schedule.epochs:.3g} epochs), lr {self.train.lr:g} {self.train.lr_schedule} "
+                f"after {schedule.warmup} warmup steps, {self.precision.name} on {self.device.type}",
                 f"Trains    {self.plan.summary()}",
                 "",
                 self.plan.table(),
@@ -85,7 +85,8 @@ class Report:
         lines += [
             f"Written   {final}   (and {out_dir / 'report.md'}, loss.png, metrics.csv, recipe.yaml)",
             "Next      " + f"litfreeze generate --checkpoint_dir {final} --prompt {question}",
-            "          " + f"litfreeze convert to_hf --checkpoint_dir {final} --out_dir {shlex.quote(str(out_dir / 'hf'))}",
+            "          "
+            + f"litfreeze convert to_hf --checkpoint_dir {final} --out_dir {shlex.quote(str(out_dir / 'hf'))}",
         ]
         return "\n".join(lines)
 
@@ -139,7 +140,9 @@ class Report:
         if outcome.after:
             lines.append(f"After     {describe(outcome.after)}")
             if outcome.best_step not in (0, outcome.step):
-                lines.append(f"Best      validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, kept in best/")
+                lines.append(
+                    f"Best      validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, kept in best/"
+                )
         lines.append(f"Frozen    {proof.describe()}")
         lines.append(
             f"Speed     {outcome.step} steps in {outcome.seconds:.1f} s, "

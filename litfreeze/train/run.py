@@ -67,7 +67,7 @@ def run(fabric: Fabric, job: Job) -> Result:
     """The run, on one of `fabric`'s processes. Raises UsageError before training starts, RunError after."""
     fabric.seed_everything(job.seed, workers=False, verbose=False)
     tokenizer = job.checkpoint.tokenizer()
-    prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer)
+    prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
     samples = _load_samples(job, tokenizer, prompt)
     schedule = Schedule.plan(len(samples.train), job.train, job.eval)
     out_dir = fabric.broadcast(claim(job.out_dir, job.method) if fabric.is_global_zero else None)
@@ -116,10 +116,11 @@ def _load_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
     if most is not None and len(samples.val) > most:
         samples = replace(samples, val=random.Random(job.data.seed).sample(samples.val, most))
     top = max(int(sample.tokens.max()) for sample in samples.train + samples.val)
-    if top >= job.checkpoint.config.vocab_size:
+    known = job.checkpoint.config.vocab_size
+    if top >= known:
         raise UsageError(
-            f"{job.checkpoint.path}: the tokenizer gives id {top}, but the model has {job.checkpoint.config.vocab_size} "
-            "embeddings. The tokenizer belongs to another model."
+            f"{job.checkpoint.path}: the tokenizer gives id {top}, but the model has {known} embeddings. "
+            "The tokenizer belongs to another model."
         )
     return samples
 

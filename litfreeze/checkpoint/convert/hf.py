@@ -13,7 +13,7 @@ from litfreeze.checkpoint.tensors import Layout, TensorDirectory
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
 
-# --- how one Hugging Face tensor holds one or more of ours ---------------------------------------------------------------
+# --- how one Hugging Face tensor holds one or more of ours ----------------------------------------------------------
 
 
 class Plain:
@@ -74,7 +74,7 @@ class Link:
     layout: Plain | Transposed | Stacked | PerHead
 
 
-# --- the name maps: Hugging Face on the left, ours on the right; {i} is the block -------------------------------------------
+# --- the name maps: Hugging Face on the left, ours on the right; {i} is the block -----------------------------------
 
 QKV = ("blocks.{i}.attn.q_proj", "blocks.{i}.attn.k_proj", "blocks.{i}.attn.v_proj")
 
@@ -157,7 +157,7 @@ def _layout(model_type: str, config: Config, hf: str, kind: str, parts: int) -> 
     return Transposed() if conv1d else Plain()
 
 
-# --- reading a Hugging Face directory as ours ------------------------------------------------------------------------------
+# --- reading a Hugging Face directory as ours -----------------------------------------------------------------------
 
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -220,7 +220,7 @@ class HFTensors(Mapping):
         return self.stored.layout(self.found[name][2])[0]
 
 
-# --- writing ours as a Hugging Face directory would hold it -----------------------------------------------------------------
+# --- writing ours as a Hugging Face directory would hold it ---------------------------------------------------------
 
 
 def as_hf(
