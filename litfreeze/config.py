@@ -5,6 +5,7 @@ mathematics alone, or refused: a field that is silently dropped would be a wrong
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -69,12 +70,12 @@ class Config:
         supported and for any field that would change the model and is not honoured; `source` names it."""
         fields = _Fields(hf, source)
         model_type = fields.take("model_type", None)
-        if model_type not in FAMILIES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UsageError(
                 f"{source}: model_type {model_type!r} is not supported.{did_you_mean(model_type, FAMILIES)} "
                 f"Supported: {', '.join(FAMILIES)}."
             )
-        for architecture in fields.take("architectures", None) or ():
+        for architecture in fields.words("architectures"):
             if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
                 raise UsageError(f"{source}: architecture {architecture} is not a causal language model.")
         config = FAMILIES[model_type](fields, model_type)
@@ -92,7 +93,10 @@ def _llama_like(fields: "_Fields", model_type: str) -> Config:
     # Qwen3's head size has a default of its own; the others derive it
     head_size = fields.size("head_dim", 128 if model_type == "qwen3" else n_embd // n_head)
     block_size = fields.size("max_position_embeddings")
-    attention_bias = False if model_type in ("mistral", "qwen2") else bool(fields.take("attention_bias", False))
+    attention_bias = False if model_type in ("mistral", "qwen2") else fields.flag("attention_bias", False)
+    rope = fields.rope(head_size, block_size)
+    if rope.n_elem != head_size:
+        raise UsageError(f"{fields.source}: partial_rotary_factor is not supported in a {model_type} model.")
     return Config(
         vocab_size=fields.size("vocab_size"),
         block_size=block_size,
@@ -106,13 +110,13 @@ def _llama_like(fields: "_Fields", model_type: str) -> Config:
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         mlp="gated",
         activation=fields.activation("hidden_act", "silu"),
-        rope=fields.rope(head_size, block_size),
+        rope=rope,
         windows=_windows(fields, model_type, n_layer),
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias,
-        mlp_bias=bool(fields.take("mlp_bias", False)) if model_type == "llama" else False,
+        mlp_bias=fields.flag("mlp_bias", False) if model_type == "llama" else False,
         qk_norm=model_type == "qwen3",
-        tie_embeddings=bool(fields.take("tie_word_embeddings", False)),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
         initializer_range=fields.number("initializer_range", 0.02),
     )
 
@@ -121,13 +125,15 @@ def _windows(fields: "_Fields", model_type: str, n_layer: int) -> tuple[Optional
     """Sliding windows per block: none in Llama, in every block of Mistral, by `layer_types` in Qwen."""
     if model_type == "llama":
         return (None,) * n_layer
-    window = fields.take("sliding_window", 4096 if model_type == "mistral" else None)
+    window = fields.take("sliding_window", 4096)
     if model_type == "mistral":
         return (window,) * n_layer
-    if not fields.take("use_sliding_window", False):
+    if not fields.flag("use_sliding_window", False):
         window = None
     first = fields.take("max_window_layers", 28)
-    kinds = fields.take("layer_types", None)
+    if not isinstance(first, int):
+        raise UsageError(f"{fields.source}: max_window_layers is {first!r}; it must be a whole number.")
+    kinds = fields.words("layer_types")
     kinds = kinds or ["sliding_attention" if window and i >= first else "full_attention" for i in range(n_layer)]
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown or len(kinds) != n_layer:
@@ -140,7 +146,7 @@ def _windows(fields: "_Fields", model_type: str, n_layer: int) -> tuple[Optional
 
 def _gpt_neox(fields: "_Fields", _: str) -> Config:
     n_embd, n_head, n_layer = (fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    attention_bias = bool(fields.take("attention_bias", True))
+    attention_bias = fields.flag("attention_bias", True)
     block_size = fields.size("max_position_embeddings")
     return Config(
         vocab_size=fields.size("vocab_size"),
@@ -160,8 +166,8 @@ def _gpt_neox(fields: "_Fields", _: str) -> Config:
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         mlp_bias=True,
-        parallel_residual=bool(fields.take("use_parallel_residual", True)),
-        tie_embeddings=bool(fields.take("tie_word_embeddings", False)),
+        parallel_residual=fields.flag("use_parallel_residual", True),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
         initializer_range=fields.number("initializer_range", 0.02),
     )
 
@@ -191,7 +197,7 @@ def _gpt2(fields: "_Fields", _: str) -> Config:
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
-        tie_embeddings=bool(fields.take("tie_word_embeddings", True)),
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
         initializer_range=fields.number("initializer_range", 0.02),
     )
 
@@ -245,10 +251,10 @@ class _Fields:
         return self.left.pop(key, default)
 
     def size(self, key: str, default: Optional[int] = None) -> int:
-        """A positive whole number; null counts as absent, as in transformers."""
+        """A positive whole number that a tensor can have; null counts as absent, as in transformers."""
         value = self.take(key, None)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
             told = "is missing" if value is None else f"is {value!r}; it must be a positive whole number"
             raise UsageError(f"{self.source}: {key} {told}.")
         return value
@@ -257,13 +263,26 @@ class _Fields:
         """A positive number."""
         value = (self.left if within is None else within).pop(key, None)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
             raise UsageError(f"{self.source}: {key} is {value!r}; it must be a positive number.")
         return float(value)
 
+    def flag(self, key: str, default: bool, within: Optional[dict[str, Any]] = None) -> bool:
+        value = (self.left if within is None else within).pop(key, None)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise UsageError(f"{self.source}: {key} is {value!r}; it must be true or false.")
+        return value
+
+    def words(self, key: str) -> list[str]:
+        value = self.take(key, None) or []
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            raise UsageError(f"{self.source}: {key} is {value!r}; it must be a list of words.")
+        return value
+
     def activation(self, key: str, default: str) -> str:
         name = self.take(key, default)
-        if name not in ACTIVATIONS:
+        if not isinstance(name, str) or name not in ACTIVATIONS:
             raise UsageError(f"{self.source}: {key} {name!r} is not supported. Supported: {', '.join(ACTIVATIONS)}.")
         return ACTIVATIONS[name]
 
@@ -280,9 +299,14 @@ class _Fields:
         share_key: str = "partial_rotary_factor",
         share: float = 1.0,
     ) -> RoPE:
-        """Both spellings: transformers 4's rope_theta + rope_scaling, and transformers 5's rope_parameters."""
+        """Both spellings: transformers 4's rope_theta + rope_scaling, and transformers 5's rope_parameters, which like
+        there counts only without the former."""
         theta, share = self.number(theta_key, 10000.0), self.number(share_key, share)
-        scaling = {**(self.take("rope_scaling", None) or {}), **(self.take("rope_parameters", None) or {})}
+        parameters = self.take("rope_parameters", None)
+        scaling = self.take("rope_scaling", None) or parameters or {}
+        if not isinstance(scaling, dict):
+            raise UsageError(f"{self.source}: the rotary scaling is {scaling!r}; it must be an object.")
+        scaling = dict(scaling)
         kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
         scaling.pop("type", None)
         theta = self.number("rope_theta", theta, scaling)
@@ -307,19 +331,19 @@ class _Fields:
             raise UsageError(
                 f"{self.source}: rope_type {kind!r} is not supported. Supported: default, linear, llama3, yarn."
             )
-        if left := [key for key, value in scaling.items() if value is not None]:
+        if left := [key for key, value in scaling.items() if value]:
             raise UsageError(f"{self.source}: rope {kind!r} has fields litfreeze does not honour: {', '.join(left)}.")
         return rope
 
     def _yarn(self, n_elem: int, theta: float, block_size: int, scaling: dict[str, Any]) -> RoPE:
         original = int(self.number("original_max_position_embeddings", block_size, scaling))
         factor = self.number("factor", block_size / original, scaling)
-        mscale, mscale_all = scaling.pop("mscale", None), scaling.pop("mscale_all_dim", None)
+        mscales = [self.number(key, 1.0, scaling) for key in ("mscale", "mscale_all_dim") if scaling.get(key)]
 
         def temperature(m: float) -> float:
             return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-        attention_factor = temperature(mscale) / temperature(mscale_all) if mscale and mscale_all else temperature(1.0)
+        attention_factor = temperature(mscales[0]) / temperature(mscales[1]) if len(mscales) == 2 else temperature(1.0)
         return RoPE(
             n_elem,
             theta,
@@ -328,7 +352,7 @@ class _Fields:
             original,
             beta_fast=self.number("beta_fast", 32.0, scaling),
             beta_slow=self.number("beta_slow", 1.0, scaling),
-            truncate=bool(scaling.pop("truncate", True)),
+            truncate=self.flag("truncate", True, scaling),
             attention_factor=self.number("attention_factor", attention_factor, scaling),
         )
 
@@ -354,7 +378,7 @@ def _check(config: Config, source: str) -> None:
         raise UsageError(f"{source}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}.")
     if config.rope is not None and (config.rope.n_elem < 2 or config.rope.n_elem % 2):
         raise UsageError(f"{source}: rotary positions need an even number of dimensions, not {config.rope.n_elem}.")
-    if any(w is not None and (not isinstance(w, int) or w < 1) for w in config.windows):
+    if any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w < 1) for w in config.windows):
         raise UsageError(f"{source}: sliding_window must be a positive whole number or null.")
 
 

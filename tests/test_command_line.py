@@ -15,7 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from litfreeze.__main__ import COMMANDS, main
-from litfreeze.cli import OPTION, parse, show
+import re
+from litfreeze.cli import parse, show
+OPTION = re.compile("--[A-Za-z]")
 from litfreeze.data.args import DataArgs
 from litfreeze.errors import RunError, UsageError
 from litfreeze.finetune.full import Layers

@@ -6,7 +6,6 @@ safetensors format by hand because its library wants every tensor at once."""
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from litfreeze.config import read_json
 from litfreeze.errors import UsageError
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
@@ -72,7 +72,11 @@ class TensorFile:
         return layout
 
     def _pickle_layout(self) -> Layout:
-        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._unpickle().items()}
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._unpickle().items()}
+        for name, (dtype, _) in layout.items():
+            if dtype not in SAFETENSORS_DTYPES:
+                raise UsageError(f"{self.path}: {name} is stored as {dtype}, which litfreeze cannot use.")
+        return layout
 
     def _unpickle(self) -> dict[str, Tensor]:
         try:
@@ -82,10 +86,14 @@ class TensorFile:
                 if "mmap" not in str(error):
                     raise
                 content = torch.load(self.path, map_location="cpu", weights_only=True)  # a file from before torch 1.6
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0][:160]
+        except Exception as error:  # a broken pickle fails in whatever way its bytes happen to mean
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise UsageError(f"{self.path} is truncated, or holds more than plain tensors ({reason}).") from None
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        flat = isinstance(content, dict) and all(
+            isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+            for name, value in content.items()
+        )
+        if not flat:
             raise UsageError(f"{self.path} does not hold a flat dict of tensors.")
         return content
 
@@ -117,12 +125,10 @@ class TensorDirectory(Mapping):
         raise UsageError(f"{self.path} has no weights: looked for {', '.join(stems)} and their .index.json.")
 
     def _indexed(self, index: Path) -> Iterator[TensorFile]:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{index} is no index of tensor files ({type(error).__name__}: {error}).") from None
-        for name in names:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UsageError(f"{index} is no index of tensor files: its weight_map must give each tensor a file.")
+        for name in sorted(set(weight_map.values())):
             if Path(name).name != name:
                 raise UsageError(f"{index} points outside its directory: {name!r}.")
             file = TensorFile(self.path / name)
@@ -241,6 +247,7 @@ def write_text(path: Path, text: str) -> None:
 def whole_directory(path: Path) -> Iterator[Path]:
     """A directory that appears complete or not at all: yields a hidden one beside `path`, renamed to it on success
     and removed on failure. Raises UsageError if `path` already holds something."""
+    path = path.resolve()  # "." has no name to put another one beside
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} is not empty. Choose another --out_dir, or move it away.")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
     python -m litfreeze.demo.build --sources DIR --work_dir out/demo
 
-DIR holds `gsm8k/train.jsonl` (question, answer), `snips/train.jsonl` and `snips/validate.jsonl` (prompt,
-completion) and `tinyshakespeare.txt`. Takes about half an hour on two cores; `--work_dir` keeps the runs behind the card's figures."""
+DIR holds `gsm8k/train.jsonl` (question, answer), `snips/train.jsonl` and `snips/validate.jsonl` (prompt, completion),
+and `tinyshakespeare.txt`. Takes about half an hour on two cores; `--work_dir` keeps the runs behind the card's figures."""
 
 import json
 import random

@@ -36,8 +36,9 @@ class Exchange:
         """Of the first sample; of plain text, its first tokens are the prompt."""
         sample = samples[0]
         cut = len(sample.prompt_tokens) or min(16, len(sample.tokens) // 2)
-        prompt, expected = sample.tokens[:cut].tolist(), sample.tokens[cut:].tolist()
-        return cls(prompt, tokenizer.decode(prompt), tokenizer.decode(expected))
+        expected = sample.response_tokens if len(sample.prompt_tokens) else sample.tokens[cut:]
+        prompt = sample.tokens[:cut].tolist()
+        return cls(prompt, tokenizer.decode(prompt), tokenizer.decode(expected.tolist()))
 
 
 @dataclass(frozen=True)

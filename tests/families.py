@@ -1,0 +1,201 @@
+"""Small random models of every supported family: their config.json as drawn by hypothesis, and transformers' own model.
+
+`FAMILIES` is the list that the parity and the converter tests run over: a new family is one line in it."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+BLOCK_SIZE = 64
+
+Fields = dict[str, Any]  # of a config.json
+
+
+# --- positions, in both spellings ------------------------------------------------------------------------------------
+
+FACTORS = st.sampled_from([1.0, 2.0, 3.5, 8.0])
+ORIGINAL = {"original_max_position_embeddings": st.sampled_from([8, 16, 32])}
+
+SCALINGS: dict[str, dict[str, st.SearchStrategy]] = {
+    "default": {},
+    "linear": {"factor": FACTORS},
+    "llama3": {
+        "factor": FACTORS,
+        **ORIGINAL,
+        "low_freq_factor": st.sampled_from([1.0, 0.5]),
+        "high_freq_factor": st.sampled_from([4.0, 2.5]),
+    },
+    "yarn": {"factor": FACTORS, **ORIGINAL},
+}
+YARN_OPTIONS = {
+    "beta_fast": st.sampled_from([32.0, 4]),
+    "beta_slow": st.sampled_from([1.0, 0.25]),
+    "attention_factor": st.sampled_from([0.8, 1.3]),
+    "truncate": st.booleans(),
+}
+MSCALES = {"mscale": st.sampled_from([0.7, 1.0]), "mscale_all_dim": st.sampled_from([0.4, 1.0])}
+
+
+@st.composite
+def rope(draw, kinds=("default", "linear", "llama3", "yarn"), theta_key="rope_theta", shares=None, share_key=None) -> Fields:
+    """The rotary fields as transformers 4 (rope_theta, rope_scaling) or transformers 5 (rope_parameters) has them."""
+    kind = draw(st.sampled_from(kinds))
+    scaling = draw(st.fixed_dictionaries(SCALINGS[kind], optional=YARN_OPTIONS if kind == "yarn" else {}))
+    if kind == "yarn" and draw(st.booleans()):
+        scaling |= draw(st.fixed_dictionaries(MSCALES))
+    theta = draw(st.sampled_from([10000.0, 500, 1e6]))
+    share = {share_key: draw(shares)} if shares is not None else {}
+    if draw(st.booleans()):
+        partial = {"partial_rotary_factor": value for value in share.values()}
+        return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling, **partial}}
+    if kind == "default":
+        return {theta_key: theta, **share, **draw(st.sampled_from([{}, {"rope_scaling": None}]))}
+    return {theta_key: theta, **share, "rope_scaling": {draw(st.sampled_from(["type", "rope_type"])): kind, **scaling}}
+
+
+# --- config.json, family by family -----------------------------------------------------------------------------------
+
+
+@st.composite
+def llama_like(draw, model_type: str, positions: st.SearchStrategy, **more: st.SearchStrategy) -> Fields:
+    """Llama, Mistral and Qwen: MHA, GQA or MQA, a head size of its own or none, tied or not."""
+    n_head = draw(st.sampled_from([2, 3, 4]))
+    n_groups = draw(st.sampled_from([groups for groups in (1, 2, n_head) if n_head % groups == 0]))
+    head_size = draw(st.sampled_from([4, 8, 10]))
+    fields = {
+        "model_type": model_type,
+        "vocab_size": draw(st.sampled_from([61, 96])),
+        "hidden_size": n_head * draw(st.sampled_from([8, 10])),
+        "intermediate_size": draw(st.integers(5, 40)),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "num_attention_heads": n_head,
+        "num_key_value_heads": n_groups,
+        "max_position_embeddings": BLOCK_SIZE,
+        "hidden_act": draw(st.sampled_from(["silu", "gelu", "gelu_pytorch_tanh"])),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
+        "tie_word_embeddings": draw(st.booleans()),
+        **draw(st.sampled_from([{}, {"head_dim": head_size}])),
+        **{key: draw(strategy) for key, strategy in more.items()},
+    }
+    return fields | draw(positions)
+
+
+@st.composite
+def qwen(draw, model_type: str, **more: st.SearchStrategy) -> Fields:
+    """Windows in all blocks, in the upper ones or where `layer_types` says; Qwen3's head size is always told, since
+    its default does not follow from the width."""
+    fields = draw(llama_like(model_type, rope(), **more))
+    if model_type == "qwen3":
+        fields.setdefault("head_dim", 8)
+    kinds = st.sampled_from(["full_attention", "sliding_attention"])
+    n_layer = fields["num_hidden_layers"]
+    windowed = {"use_sliding_window": True, "sliding_window": draw(st.integers(1, 12))}
+    windows = [
+        {},
+        {"use_sliding_window": False, "sliding_window": 3, "max_window_layers": 0},
+        {**windowed, "max_window_layers": draw(st.integers(0, n_layer))},
+        {**windowed, "layer_types": draw(st.lists(kinds, min_size=n_layer, max_size=n_layer))},
+    ]
+    return fields | draw(st.sampled_from(windows))
+
+
+@st.composite
+def gpt_neox(draw, parallel: bool) -> Fields:
+    n_head = draw(st.sampled_from([2, 3]))
+    return {
+        "model_type": "gpt_neox",
+        "vocab_size": draw(st.sampled_from([61, 96])),
+        "hidden_size": n_head * draw(st.sampled_from([8, 16])),
+        "intermediate_size": draw(st.integers(5, 40)),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "num_attention_heads": n_head,
+        "max_position_embeddings": BLOCK_SIZE,
+        "hidden_act": draw(st.sampled_from(["gelu", "gelu_fast", "relu"])),
+        "layer_norm_eps": draw(st.sampled_from([1e-5, 1e-2])),
+        "use_parallel_residual": parallel,
+        "attention_bias": draw(st.booleans()),
+        "tie_word_embeddings": draw(st.booleans()),
+    } | draw(rope(("default", "linear"), "rotary_emb_base", st.sampled_from([0.25, 0.5, 1.0]), "rotary_pct"))
+
+
+@st.composite
+def gpt2(draw) -> Fields:
+    n_head = draw(st.sampled_from([2, 3]))
+    return {
+        "model_type": "gpt2",
+        "vocab_size": draw(st.sampled_from([61, 96])),
+        "n_embd": n_head * draw(st.sampled_from([5, 8])),
+        "n_inner": draw(st.sampled_from([None, 24])),
+        "n_layer": draw(st.integers(1, 3)),
+        "n_head": n_head,
+        "n_positions": BLOCK_SIZE,
+        "activation_function": draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
+        "layer_norm_epsilon": draw(st.sampled_from([1e-5, 1e-2])),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+
+
+BIASES = {"attention_bias": st.booleans(), "mlp_bias": st.booleans()}
+SOMETIMES_SHORT = st.sampled_from([None, 1, 3, 7, 4096])
+
+FAMILIES: dict[str, st.SearchStrategy[Fields]] = {
+    "llama": llama_like("llama", rope(("default", "linear", "yarn")), **BIASES),
+    "llama 3.1": llama_like("llama", rope(("llama3",))),
+    "mistral": llama_like("mistral", rope(), sliding_window=SOMETIMES_SHORT),
+    "qwen2": qwen("qwen2"),
+    "qwen3": qwen("qwen3", attention_bias=st.booleans()),
+    "gpt_neox, parallel": gpt_neox(parallel=True),
+    "gpt_neox, sequential": gpt_neox(parallel=False),
+    "gpt2": gpt2(),
+}
+
+
+# --- transformers' model of a drawn config ---------------------------------------------------------------------------
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+@torch.no_grad()
+def reference_model(folder: Path, fields: Fields, seed: int = 0) -> PreTrainedModel:
+    """transformers' model of `fields`, read from a config.json in `folder`. Its weights are far from an
+    initialisation, biases and norms included, so that whatever is left out shows."""
+    write_json(folder / "config.json", fields)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(0, 0.2, generator=generator)
+        if parameter.ndim == 1 and not name.endswith("bias"):
+            parameter += 1  # a norm
+    return model
+
+
+@contextmanager
+def saved_model(fields: Fields, seed: int = 0, spelled_anew: bool = False) -> Iterator[tuple[Path, PreTrainedModel]]:
+    """A Hugging Face directory (no tokenizer) of a random model of `fields`, and the model. config.json holds `fields`
+    as they are or, `spelled_anew`, as the installed transformers writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        model = reference_model(path, fields, seed)
+        model.save_pretrained(path)
+        if not spelled_anew:
+            write_json(path / "config.json", fields)
+        yield path, model
+
+
+def random_tokens(vocab_size: int, batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def keep_dtype(checkpoint) -> Callable[[str], torch.dtype]:
+    """For `load_model`: every weight as it is stored."""
+    return checkpoint.dtype

@@ -1,0 +1,169 @@
+"""What a plan trains, by name; and that it is what the model and the optimizer then hold."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from litfreeze.config import PRESETS, Config
+from litfreeze.errors import RunError, UsageError
+from litfreeze.freeze.layers import format_layers
+from litfreeze.freeze.memory import PRECISIONS, estimate_memory
+from litfreeze.freeze.plan import block_of
+from litfreeze.freeze.words import plan_from_words
+from litfreeze.model import GPT
+from litfreeze.train.args import TrainArgs
+from litfreeze.train.optim import build_optimizer
+
+TIED = Config.from_hf(PRESETS["demo"])
+UNTIED = Config.from_hf({**PRESETS["demo"], "tie_word_embeddings": False})
+
+
+def in_blocks(plan, *layers):
+    return {name for name in plan.sizes if block_of(name) in layers}
+
+
+def test_no_word_trains_everything():
+    plan = plan_from_words(TIED)
+    assert plan.trained == set(plan.sizes)
+    assert plan.lowest == -1
+
+
+@pytest.mark.parametrize("layers", ["1", "10", "1,10", "-2:", "first:1"])
+def test_an_id_is_matched_whole(layers):
+    plan = plan_from_words(TIED, trainable_layers=layers)
+    assert plan.trained == in_blocks(plan, *plan.layers)
+    assert format_layers(plan.layers) == {"-2:": "10,11", "first:1": "0"}.get(layers, layers)
+
+
+def test_modules_narrow_inside_the_chosen_blocks():
+    def names(modules):
+        return {n.removesuffix(".weight") for n in plan_from_words(TIED, 3, modules).trained}
+
+    assert names("q_proj,v_proj") == {"blocks.3.attn.q_proj", "blocks.3.attn.v_proj"}
+    assert names("norm") == {"blocks.3.norm_1", "blocks.3.norm_2"}
+    assert names(["mlp"]) == {"blocks.3.mlp.gate_proj", "blocks.3.mlp.up_proj", "blocks.3.mlp.down_proj"}
+    assert names("*.k_proj") == names("blocks.*.k_*") == names("re:.*k_proj.*") == {"blocks.3.attn.k_proj"}
+    assert names("re:blocks\\.(3|4)\\.norm_[1,2]\\.weight") == {"blocks.3.norm_1", "blocks.3.norm_2"}
+
+
+def test_extras_stand_outside_the_blocks():
+    plan = plan_from_words(UNTIED, "none", trainable_extra="head,final_norm")
+    assert plan.trained == {"head.weight", "final_norm.weight"}
+    assert plan.lowest == 12
+    assert plan_from_words(TIED, "none", trainable_extra="embed").trained == {"embed.weight"}
+    assert plan_from_words(TIED, "none", trainable_extra=["embed", "head"]).trained == {"embed.weight"}
+
+
+def test_learned_positions_go_with_the_embedding():
+    gpt2 = Config.from_hf(
+        {"model_type": "gpt2", "vocab_size": 50, "n_positions": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
+    )
+    assert plan_from_words(gpt2, "none", trainable_extra="embed").trained == {"embed.weight", "pos_embed.weight"}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"freeze_trainable_layers": 8}, {"trainable_layers": "last:8"}),
+        ({"freeze_trainable_layers": -8}, {"trainable_layers": "first:8"}),
+        ({"freeze_trainable_layers_ids": "1,2,10"}, {"trainable_layers": [1, 2, 10]}),
+        (
+            {"freeze_trainable_layers": 2, "freeze_trainable_modules": "self_attn,mlp"},
+            {"trainable_layers": "-2:", "trainable_modules": "attn,mlp"},
+        ),
+        (
+            {"freeze_trainable_layers": 2, "freeze_trainable_modules": "all", "freeze_extra_modules": "norm"},
+            {"trainable_layers": "-2:", "trainable_extra": "final_norm"},
+        ),
+        ({"freeze_extra_modules": "lm_head,embed_tokens", "trainable_layers": "none"},
+         {"trainable_extra": "head,embed", "trainable_layers": "none"}),
+    ],
+)  # fmt: skip
+def test_llama_factorys_words_mean_the_same(theirs, ours):
+    assert plan_from_words(TIED, **theirs).trained == plan_from_words(TIED, **ours).trained
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"trainable_layers": "none"}, "Nothing would train"),
+        ({"trainable_layers": "12"}, "ids 0 to 11"),
+        ({"trainable_layers": "1", "trainable_modules": "mlpp"}, "Did you mean 'mlp'"),
+        ({"trainable_layers": "1", "trainable_modules": "blocks.2.*"}, "matches nothing in the chosen blocks"),
+        ({"trainable_layers": "1", "trainable_modules": "lin"}, "matches nothing"),
+        ({"trainable_layers": "1", "trainable_modules": "re:["}, "no regular expression"),
+        ({"trainable_layers": "1", "trainable_modules": "attn,,mlp"}, "empty name"),
+        ({"trainable_layers": "1", "trainable_modules": []}, "empty name"),
+        ({"trainable_layers": "1", "trainable_extra": "haed"}, "Did you mean 'head'"),
+        ({"trainable_layers": "1", "trainable_extra": "head"}, "--untie_embeddings"),
+        ({"trainable_extra": "embed"}, "needs --trainable_layers"),
+        ({"trainable_layers": "1", "freeze_trainable_layers": 2}, "say the same thing"),
+        ({"trainable_modules": "mlp", "freeze_trainable_modules": "mlp"}, "say the same thing"),
+        ({"freeze_trainable_layers": 0}, "n > 0"),
+        ({"freeze_trainable_layers": 13}, "this model has 12"),
+    ],
+)
+def test_contradictions_and_nonsense_are_refused(words, told):
+    with pytest.raises(UsageError) as error:
+        plan_from_words(TIED, **words)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@given(st.sets(st.integers(0, 11), min_size=1), st.sampled_from([None, "attn", "mlp", "norm", "q_proj"]))
+@settings(max_examples=15)
+def test_the_optimizer_holds_what_the_plan_says_and_nothing_else(layers, modules):
+    plan = plan_from_words(UNTIED, sorted(layers), modules)
+    model = GPT(UNTIED)
+    plan.apply(model)
+    optimizer = build_optimizer(model, plan, TrainArgs(lr=1e-3, weight_decay=0.1))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for name, p in model.named_parameters() if name in plan.trained}
+    for group in optimizer.param_groups:
+        assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_a_model_or_an_optimizer_that_disagrees_is_found():
+    plan = plan_from_words(TIED, "3")
+    model = GPT(TIED)
+    plan.apply(model)
+    optimizer = build_optimizer(model, plan, TrainArgs(lr=1e-3))
+    model.blocks[10].mlp.up_proj.weight.requires_grad_(True)
+    with pytest.raises(RunError, match=r"blocks\.10\.mlp\.up_proj"):
+        plan.check(model, optimizer)
+    plan.apply(model)
+    optimizer.add_param_group({"params": [model.blocks[1].norm_1.weight]})
+    with pytest.raises(RunError, match=r"the optimizer.*blocks\.1\.norm_1"):
+        plan.check(model, optimizer)
+
+
+def test_the_table_counts_every_parameter_once():
+    plan = plan_from_words(TIED, "0-2,11", "attn", "final_norm")
+    rows = [line.split() for line in plan.table().splitlines()]
+    total = rows[-1]
+    assert total[1:3] == [f"{plan.n_trained:,}", f"{plan.n_parameters:,}"]
+    labels = [" ".join(row[:2]) for row in rows]
+    assert "blocks 0-2" in labels and "blocks 3-10" in labels and "block 11" in labels
+    assert plan.n_trained == sum(p.numel() for n, p in GPT(TIED).named_parameters() if n in plan.trained)
+
+
+def test_memory_of_a_plan_follows_what_trains():
+    mixed = PRECISIONS["bf16-mixed"]
+    two, all_ = (plan_from_words(TIED, w) for w in ("10,11", None))
+    small, large = (estimate_memory(plan, mixed, 1024, 1024) for plan in (two, all_))
+    assert small.gradients == 4 * two.n_trained and small.optimizer == 8 * two.n_trained
+    assert small.weights == 4 * two.n_trained + 2 * (two.n_parameters - two.n_trained)
+    assert small.activations < large.activations and small.total < large.total
+    first = estimate_memory(plan_from_words(TIED, "0"), mixed, 1024, 1024)
+    assert first.activations > small.activations  # backward has to reach the bottom
+
+
+def test_requires_grad_is_the_plans_alone():
+    plan = plan_from_words(TIED, "none", trainable_extra="final_norm")
+    model = GPT(TIED)
+    plan.apply(model)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"final_norm.weight"}
+    model.logits(
+        model.run_blocks(model.embed_tokens(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)), torch.arange(3))
+    )

@@ -1,0 +1,184 @@
+"""Whole runs on the embedded demo: what is trained, what is left alone, what is written, when it stops."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.data.args import DataArgs
+from litfreeze.demo import MODEL_DIR, TRAIN_FILE
+from litfreeze.errors import UsageError
+from litfreeze.finetune.full import setup as finetune_full
+from litfreeze.freeze.memory import PRECISIONS
+from litfreeze.freeze.words import plan_from_words
+from litfreeze.train.args import EvalArgs, TrainArgs
+
+FEW = TrainArgs(lr=1e-3, max_steps=4, global_batch_size=8, micro_batch_size=4)
+QUICK = EvalArgs(max_samples=16, max_new_tokens=4)
+BASE = load_file(MODEL_DIR / "litfreeze.safetensors")
+
+
+def run(out_dir, train=FEW, eval=QUICK, **words):
+    return finetune_full(out_dir=out_dir, train=train, eval=eval, **words)
+
+
+def saved(result):
+    return load_file(result.checkpoint_dir / "litfreeze.safetensors")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_exactly_the_chosen_tensors_change_on_disk(tmp_path, precision):
+    if precision == "16-mixed" and not torch.cuda.is_available():
+        pytest.skip("16-mixed needs a GPU")
+    result = run(tmp_path / "run", trainable_layers="1,-1", trainable_modules="mlp,norm", precision=precision)
+    plan = plan_from_words(open_checkpoint(MODEL_DIR).config, "1,11", "mlp,norm")
+    after = saved(result)
+    assert set(after) == set(BASE)
+    changed = {name for name in BASE if not torch.equal(BASE[name], after[name])}
+    # bf16 norms near 1 may round back to where they were; nothing else may stay, and nothing frozen may move
+    assert changed <= plan.trained
+    assert all("norm" in name for name in plan.trained - changed)
+    assert {after[name].dtype for name in after} == {torch.bfloat16}
+    assert result.proof.frozen == len(BASE) - len(plan.trained) and result.proof.frozen_that_changed == []
+
+
+def test_a_run_without_words_trains_everything(tmp_path):
+    result = run(tmp_path / "run")
+    assert result.proof.frozen == 0 and result.proof.trained == len(BASE) and result.proof.holds
+
+
+def test_frozen_weights_exist_once_and_masters_only_for_what_trains():
+    checkpoint = open_checkpoint(MODEL_DIR)
+    plan = plan_from_words(checkpoint.config, "10,11")
+    for name, kept in PRECISIONS.items():
+        model = load_model(checkpoint, lambda n, kept=kept: kept.kept(n in plan.trained))
+        plan.apply(model)
+        for parameter_name, p in model.named_parameters():
+            assert p.dtype == (kept.trained if parameter_name in plan.trained else kept.frozen), name
+            assert p.requires_grad == (parameter_name in plan.trained)
+        assert model.head.weight is model.embed.weight
+
+
+def test_the_report_and_the_manifest_say_what_happened(tmp_path):
+    result = run(tmp_path / "run", trainable_layers="10,11")
+    manifest = json.loads((result.checkpoint_dir / "litfreeze.json").read_text())
+    assert manifest["kind"] == "full" and manifest["training"]["layers"] == "10,11"
+    assert manifest["base"]["weights_hash"] == open_checkpoint(MODEL_DIR).weights_hash
+    frozen = [name for name in BASE if name not in manifest["training"]["trained"]]
+    base_hashes = json.loads((MODEL_DIR / "litfreeze.json").read_text())["tensors"]
+    assert all(manifest["tensors"][name] == base_hashes[name] for name in frozen)
+    report = (tmp_path / "run/report.md").read_text()
+    assert f"{len(frozen)} of {len(frozen)} frozen tensors are bit-identical" in report
+    assert f"{result.outcome.after.loss:.4f}" in report
+    assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open()))
+    assert [row["step"] for row in rows if row["train_loss"]] == ["1", "2", "3", "4"]
+
+
+def test_the_recipe_repeats_the_run(tmp_path, capsys):
+    from litfreeze.__main__ import main
+
+    first = run(tmp_path / "a", trainable_layers=[10, "11"], seed=5)
+    recipe = yaml.safe_load((tmp_path / "a/recipe.yaml").read_text())
+    assert recipe["trainable_layers"] == [10, "11"] and recipe["train"]["lr"] == 1e-3
+    assert (
+        main(["finetune", "full", "--config", str(tmp_path / "a/recipe.yaml"), "--out_dir", str(tmp_path / "b")]) == 0
+    )
+    a, b = (json.loads((tmp_path / r / "final/litfreeze.json").read_text()) for r in "ab")
+    assert a["weights_hash"] == b["weights_hash"]
+    assert first.proof.holds
+
+
+def test_the_step_is_the_same_however_the_batch_is_cut(tmp_path):
+    cuts = [run(tmp_path / str(n), replace(FEW, micro_batch_size=n), save_dtype="float32") for n in (1, 3, 8)]
+    weights = [saved(result) for result in cuts]
+    for other in weights[1:]:
+        for name in BASE:
+            torch.testing.assert_close(weights[0][name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_save_dtype_keeps_the_masters(tmp_path):
+    result = run(tmp_path / "run", trainable_layers="11", save_dtype="float32")
+    after = saved(result)
+    assert {t.dtype for t in after.values()} == {torch.float32}
+    assert not torch.equal(
+        after["blocks.11.mlp.up_proj.weight"].bfloat16().float(), after["blocks.11.mlp.up_proj.weight"]
+    )
+    assert torch.equal(after["embed.weight"], BASE["embed.weight"].float())
+    assert json.loads((result.checkpoint_dir / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_untying_saves_both_and_says_so(tmp_path):
+    result = run(tmp_path / "run", trainable_layers="none", trainable_extra="head", untie_embeddings=True)
+    after = saved(result)
+    assert torch.equal(after["embed.weight"], BASE["embed.weight"])
+    assert not torch.equal(after["head.weight"], BASE["embed.weight"])
+    assert json.loads((result.checkpoint_dir / "config.json").read_text())["tie_word_embeddings"] is False
+    again = open_checkpoint(result.checkpoint_dir)
+    model = load_model(again, again.dtype)
+    assert model.head.weight is not model.embed.weight
+
+
+def test_checkpoints_along_the_way(tmp_path):
+    train = replace(FEW, max_steps=7, save_interval=2, keep_last=2)
+    result = run(tmp_path / "run", train, replace(QUICK, interval=2), trainable_layers="11")
+    kept = sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir() and p.name != "tensorboard")
+    assert kept == ["best", "final", "step-000004", "step-000006"]
+    for name in kept:
+        step = open_checkpoint(tmp_path / "run" / name).manifest["training"]["step"]
+        assert step == {"final": 7, "best": result.outcome.best_step}.get(
+            name, int(name[-1]) if name[0] == "s" else step
+        )
+
+
+def test_it_stops_early_when_validation_gets_worse(tmp_path):
+    train = replace(FEW, lr=5.0, max_steps=20, lr_warmup_steps=0, lr_schedule="constant")
+    result = run(tmp_path / "run", train, replace(QUICK, interval=1, patience=2), trainable_layers="11")
+    assert result.outcome.step < 20 and "in a row" in result.outcome.stopped
+    assert (tmp_path / "run/final").is_dir()
+
+
+def test_it_stops_when_the_time_is_up(tmp_path):
+    result = run(tmp_path / "run", replace(FEW, max_steps=100000, max_time="1s"), trainable_layers="11")
+    assert 0 < result.outcome.step < 100000 and "max_time" in result.outcome.stopped
+
+
+def test_epochs_and_steps(tmp_path):
+    data = DataArgs(path=TRAIN_FILE, val_split_fraction=0)
+    result = run(
+        tmp_path / "run", TrainArgs(lr=1e-3, epochs=1, global_batch_size=128), data=data, trainable_layers="11"
+    )
+    assert result.outcome.step == 3 and result.outcome.before is None  # 300 records, no validation
+
+
+def test_a_used_out_dir_is_refused_and_the_default_is_always_new(tmp_path, monkeypatch):
+    run(tmp_path / "run", trainable_layers="11")
+    with pytest.raises(UsageError, match="already holds something"):
+        run(tmp_path / "run", trainable_layers="11")
+    monkeypatch.chdir(tmp_path)
+    results = [run(None, trainable_layers="11") for _ in range(2)]
+    assert [str(r.out_dir) for r in results] == ["out/finetune/full", "out/finetune/full-2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"trainable_layers": "12"}, "ids 0 to 11"),
+        ({"checkpoint_dir": "nowhere"}, "is no directory"),
+        ({"precision": "16-mixed", "accelerator": "cpu"}, "needs a GPU"),
+        ({"accelerator": "tpu"}, "cannot be used here"),
+        ({"devices": 0}, "cannot be used here"),
+        ({"untie_embeddings": True, "trainable_layers": "1", "data": DataArgs(path="nowhere.json")}, "no data"),
+        ({"data": DataArgs(max_seq_length=4096)}, "512 positions"),
+        ({"train": TrainArgs(max_steps=3, lr_warmup_steps=4)}, "longer than the run"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_written(tmp_path, words, told):
+    with pytest.raises(UsageError, match=told):
+        finetune_full(out_dir=tmp_path / "run", **words)
+    assert not (tmp_path / "run").exists()
