@@ -144,8 +144,16 @@ def _windows(fields: "_Fields", model_type: str, n_layer: int) -> tuple[Optional
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _even_head_size(fields: "_Fields", n_embd: int, n_head: int) -> int:
+    """GPT-NeoX and GPT-2 always cut the width into equal heads."""
+    if n_embd % n_head:
+        raise UsageError(f"{fields.source}: a width of {n_embd} is not a multiple of {n_head} heads.")
+    return n_embd // n_head
+
+
 def _gpt_neox(fields: "_Fields", _: str) -> Config:
     n_embd, n_head, n_layer = (fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    head_size = _even_head_size(fields, n_embd, n_head)
     attention_bias = fields.flag("attention_bias", True)
     block_size = fields.size("max_position_embeddings")
     return Config(
@@ -155,13 +163,13 @@ def _gpt_neox(fields: "_Fields", _: str) -> Config:
         n_embd=n_embd,
         n_head=n_head,
         n_query_groups=n_head,
-        head_size=n_embd // n_head,
+        head_size=head_size,
         intermediate_size=fields.size("intermediate_size"),
         norm="layernorm",
         norm_eps=fields.number("layer_norm_eps", 1e-5),
         mlp="plain",
         activation=fields.activation("hidden_act", "gelu"),
-        rope=fields.rope(n_embd // n_head, block_size, theta_key="rotary_emb_base", share_key="rotary_pct", share=0.25),
+        rope=fields.rope(head_size, block_size, theta_key="rotary_emb_base", share_key="rotary_pct", share=0.25),
         windows=(None,) * n_layer,
         qkv_bias=attention_bias,
         o_bias=attention_bias,
@@ -186,7 +194,7 @@ def _gpt2(fields: "_Fields", _: str) -> Config:
         n_embd=n_embd,
         n_head=n_head,
         n_query_groups=n_head,
-        head_size=n_embd // n_head,
+        head_size=_even_head_size(fields, n_embd, n_head),
         intermediate_size=fields.size("n_inner", 4 * n_embd),
         norm="layernorm",
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
@@ -374,8 +382,6 @@ def _check(config: Config, source: str) -> None:
         raise UsageError(
             f"{source}: {config.n_head} attention heads cannot be shared by {config.n_query_groups} key/value heads."
         )
-    if config.rope is None and config.n_embd % config.n_head:
-        raise UsageError(f"{source}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}.")
     if config.rope is not None and (config.rope.n_elem < 2 or config.rope.n_elem % 2):
         raise UsageError(f"{source}: rotary positions need an even number of dimensions, not {config.rope.n_elem}.")
     if any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w < 1) for w in config.windows):

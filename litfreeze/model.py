@@ -64,10 +64,13 @@ class GPT(nn.Module):
         cache: Optional["KVCache"] = None,
     ) -> Tensor:
         """The residual stream (B, T, C) after blocks `start` … `stop`-1; `positions` (T,) as for the embedding."""
+        blocks = range(start, self.config.n_layer if stop is None else stop)
         rotation = rotary_angles(self.config.rope, positions, x.dtype) if self.config.rope else None
-        keys = positions if cache is None else torch.arange(cache.length + len(positions), device=x.device)
+        # The blocks below may have taken these positions into their caches already: ask the first of this range
+        seen = cache.layers[start].length if cache is not None and blocks else 0
+        keys = positions if cache is None else torch.arange(seen + len(positions), device=x.device)
         masks = {w: attention_mask(positions, keys, w) for w in set(self.config.windows)}
-        for i in range(start, self.config.n_layer if stop is None else stop):
+        for i in blocks:
             layer_cache = None if cache is None else cache.layers[i]
             x = self.blocks[i](x, rotation, masks[self.config.windows[i]], layer_cache)
         return x

@@ -2,11 +2,12 @@
 
     python -m litfreeze.demo.build --sources DIR --work_dir out/demo
 
-DIR holds `gsm8k/train.jsonl` (question, answer), `snips/train.jsonl` and `snips/validate.jsonl` (prompt, completion),
-and `tinyshakespeare.txt`. Takes about half an hour on two cores; `--work_dir` keeps the runs behind the card's figures."""
+DIR holds `gsm8k/train.jsonl` (question, answer), `snips/train.jsonl`, `snips/validate.jsonl` (prompt, completion) and
+`tinyshakespeare.txt`. Takes about half an hour on two cores; `--work_dir` keeps the runs behind the card's figures."""
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +24,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-PRETRAIN_LR, PRETRAIN_EPOCHS, WINDOW = 3e-3, 1, 255
+QUESTIONS = 2500
 
 
 def build(sources: Path, work_dir: Path, seed: int = 1337) -> None:
@@ -46,31 +47,41 @@ def build(sources: Path, work_dir: Path, seed: int = 1337) -> None:
     plays = (sources / "tinyshakespeare.txt").read_text(encoding="utf-8")
     write_labelled(utterances, held_out, seed)
 
-    texts = pretraining_texts(utterances, held_out, questions, plays, seed)
-    text_file = work_dir / "pretraining.jsonl"
-    text_file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
-    train_tokenizer(texts, work_dir / "tokenizer")
+    texts = plain_texts(questions, plays, seed)
+    text_file = write_jsonl(work_dir / "texts.jsonl", [{"text": text} for text in texts])
+    secret = {record["prompt"] for record in held_out}
+    open_utterances = [record["prompt"] for record in utterances if record["prompt"] not in secret]
+    half_file = write_jsonl(work_dir / "halves.jsonl", halves(open_utterances * 2, seed))
+    unseen = [record["prompt"] for record in read_jsonl(VAL_FILE)]
+    unseen_half_file = write_jsonl(work_dir / "unseen_halves.jsonl", halves(unseen, seed))
+    train_tokenizer([*texts, *open_utterances], work_dir / "tokenizer")
 
     init(tokenizer_dir=work_dir / "tokenizer", out_dir=work_dir / "random", preset="demo", seed=seed)
-    pretrained = finetune_full(
+    on_text = finetune_full(
         checkpoint_dir=work_dir / "random",
-        out_dir=work_dir / "pretraining",
-        data=DataArgs(path=text_file, max_seq_length=WINDOW, val_split_fraction=0.03),
-        train=TrainArgs(
-            lr=PRETRAIN_LR, epochs=PRETRAIN_EPOCHS, global_batch_size=16, micro_batch_size=16, lr_warmup_steps=40,
-            weight_decay=0.05,
-        ),
+        out_dir=work_dir / "on_text",
+        data=DataArgs(path=text_file, max_seq_length=255, val_split_fraction=0.03),
+        train=TrainArgs(lr=3e-3, epochs=2, global_batch_size=8, micro_batch_size=8, weight_decay=0.05),
+        eval=EvalArgs(save_best=False),
+        save_dtype="float32",
+        seed=seed,
+    )
+    on_halves = finetune_full(
+        checkpoint_dir=on_text.checkpoint_dir,
+        out_dir=work_dir / "on_halves",
+        data=DataArgs(path=half_file, val_path=unseen_half_file, mask_prompt=False),
+        train=TrainArgs(lr=2e-3, epochs=1, global_batch_size=16, micro_batch_size=16, weight_decay=0.05),
         eval=EvalArgs(save_best=False),
         save_dtype="bfloat16",
         seed=seed,
-    )  # fmt: skip
-    publish(pretrained.checkpoint_dir)
+    )
+    publish(on_halves.checkpoint_dir)
 
     bases = {"pretrained": MODEL_DIR, "random": work_dir / "random"}
     scores = {
         name: [_demo_run(base, work_dir / f"{name}-{s}", s).outcome for s in SEEDS] for name, base in bases.items()
     }
-    write_card(pretrained, scores)
+    write_card(on_text.outcome, on_halves.outcome, scores)
 
 
 def _demo_run(base: Path, out_dir: Path, seed: int) -> Any:
@@ -88,6 +99,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
 def write_labelled(utterances: list[dict], held_out: list[dict], seed: int) -> None:
     """300 labelled utterances to learn from, and the held-out ones that do not stand among all utterances too."""
     known = {record["prompt"] for record in utterances}
@@ -96,30 +113,27 @@ def write_labelled(utterances: list[dict], held_out: list[dict], seed: int) -> N
         (TRAIN_FILE, rng.sample(utterances, LABELS)),
         (VAL_FILE, [record for record in held_out if record["prompt"] not in known]),
     ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps({k: r[k] for k in ("prompt", "completion")}, ensure_ascii=False) for r in records)
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_jsonl(path, ({key: record[key] for key in ("prompt", "completion")} for record in records))
 
 
-def pretraining_texts(
-    utterances: list[dict], held_out: list[dict], questions: list[dict], plays: str, seed: int
-) -> list[str]:
-    """What the base reads: word problems as a chat, plays as they are, and utterances cut in two, the second part as
-    the answer to the first. No label is among it, and no held-out utterance."""
-    rng = random.Random(seed)
-    texts = [f"<|user|>{q['question']}<|end|><|assistant|>{q['answer']}" for q in questions[:2500]]
+def plain_texts(questions: list[dict], plays: str, seed: int) -> list[str]:
+    """Word problems with their answers, as a chat, and plays in pieces of eight speeches."""
+    texts = [f"<|user|>{q['question']}<|end|><|assistant|>{q['answer']}" for q in questions[:QUESTIONS]]
     speeches = plays.split("\n\n")
     texts += ["\n\n".join(speeches[i : i + 8]) for i in range(0, len(speeches), 8)]
-    secret = {record["prompt"] for record in held_out}
-    for _ in range(2):  # twice, cut in another place
-        for record in utterances:
-            words = record["prompt"].split()
-            if record["prompt"] in secret or len(words) < 2:
-                continue
-            at = rng.randint(1, len(words) - 1)
-            texts.append(f"<|user|>{' '.join(words[:at])}<|end|><|assistant|>{' '.join(words[at:])}")
-    rng.shuffle(texts)
+    random.Random(seed).shuffle(texts)
     return texts
+
+
+def halves(utterances: list[str], seed: int) -> list[dict[str, str]]:
+    """Every utterance cut in two at a random word, the second half as the answer to the first."""
+    rng = random.Random(seed)
+    records = []
+    for words in (utterance.split() for utterance in utterances):
+        if len(words) > 1:
+            at = rng.randint(1, len(words) - 1)
+            records.append({"prompt": " ".join(words[:at]), "completion": " ".join(words[at:])})
+    return records
 
 
 def train_tokenizer(texts: Iterable[str], directory: Path) -> None:
@@ -137,8 +151,8 @@ def train_tokenizer(texts: Iterable[str], directory: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    plain = (part for text in texts for part in text.replace("<|end|>", "<|user|>").split("<|user|>"))
-    tokenizer.train_from_iterator((part.replace("<|assistant|>", "") for part in plain), trainer)
+    special = re.compile("|".join(map(re.escape, SPECIAL)))
+    tokenizer.train_from_iterator((part for text in texts for part in special.split(text)), trainer)
     directory.mkdir(parents=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
@@ -161,7 +175,7 @@ def publish(checkpoint_dir: Path) -> None:
     write_checkpoint(MODEL_DIR, source.hf_config, source.layout(), source.read, {"kind": "base"}, source.path)
 
 
-def write_card(pretrained: Any, scores: dict[str, list[Any]]) -> None:
+def write_card(on_text: Any, on_halves: Any, scores: dict[str, list[Any]]) -> None:
     """CARD.md from the figures of the runs."""
 
     def percent(name: str, when: str) -> str:
@@ -172,15 +186,16 @@ def write_card(pretrained: Any, scores: dict[str, list[Any]]) -> None:
         mean(o.after.exact_match for o in scores["pretrained"]) - mean(o.after.exact_match for o in scores["random"])
     )
     card = Path(__file__).with_name("card_template.md").read_text(encoding="utf-8")
-    n_val = len(read_jsonl(VAL_FILE))
     card = card.format(
         labels=LABELS,
-        n_val=n_val,
+        n_val=len(read_jsonl(VAL_FILE)),
+        questions=f"{QUESTIONS:,}",
         seeds=len(SEEDS),
-        tokens=f"{pretrained.outcome.tokens:,}",
-        seconds=f"{pretrained.outcome.seconds:.0f}",
-        loss_before=f"{pretrained.outcome.before.loss:.2f}",
-        loss_after=f"{pretrained.outcome.after.loss:.2f}",
+        text_tokens=f"{on_text.tokens:,}",
+        text_loss=f"{on_text.before.loss:.2f} to {on_text.after.loss:.2f}",
+        half_tokens=f"{on_halves.tokens:,}",
+        half_loss=f"{on_halves.before.loss:.2f} to {on_halves.after.loss:.2f}",
+        seconds=f"{on_text.seconds + on_halves.seconds:.0f}",
         before=percent("pretrained", "before"),
         after=percent("pretrained", "after"),
         random_before=percent("random", "before"),

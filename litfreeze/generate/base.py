@@ -1,11 +1,14 @@
 """`litfreeze generate`: write on from a prompt."""
 
+import sys
 from pathlib import Path
 from typing import Literal, Optional, Union
 
+DEFAULT_PROMPT = "Book a table for"
+
 
 def setup(
-    prompt: str = "Book a table for two in Vienna tomorrow",
+    prompt: str = DEFAULT_PROMPT,
     checkpoint_dir: Optional[Path] = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -63,6 +66,8 @@ def setup(
     fabric, kept = build_fabric(accelerator, 1, 1, name)
     model = load_model(checkpoint, lambda _: kept.frozen).to(fabric.device)
     tokens = generate_tokens(model, tokenizer.encode(text), max_new_tokens, tokenizer.eos_ids, sampling, seed)
+    if prompt == DEFAULT_PROMPT:
+        print(f"{checkpoint.path}, asked {prompt!r} (--prompt and --checkpoint_dir choose others):", file=sys.stderr)
     answer = ""
     for piece in until(tokenizer.stream(), tokens, stops):
         answer += piece

@@ -42,6 +42,7 @@ def to_hf(checkpoint_dir: Optional[Path] = None, out_dir: Path = Path("out/hf"))
     from litfreeze.tokenizer import TOKENIZER_FILES
 
     source = open_checkpoint(checkpoint_dir or MODEL_DIR)
+    source.tokenizer()
     layout, read = as_hf(source.config, source.hf_config["model_type"], source.layout(), source.read)
     with whole_directory(Path(out_dir)) as aside:
         write_tensors(aside, "model", layout, read)

@@ -54,7 +54,7 @@ class Report:
     device: torch.device
     recipe: str
 
-    def opening(self, prompt_style: str) -> str:
+    def opening(self, prompt_style: Optional[str]) -> str:
         """What will train, on what, for how long, and what it will cost."""
         config, schedule = self.checkpoint.config, self.schedule
         tokens, targets = self._micro_batch()
@@ -62,7 +62,7 @@ class Report:
             [
                 f"Model     {self.checkpoint.path} ({config.n_layer} blocks, {self.plan.n_parameters:,} parameters)",
                 f"Data      {self.samples.describe().replace(chr(10), chr(10) + ' ' * 10)}",
-                f"          Prompt style: {prompt_style}.",
+                f"          {f'Prompt style: {prompt_style}' if prompt_style else 'Plain text'}.",
                 f"Run       {schedule.max_steps} steps of {self.train.global_batch_size} samples "
                 f"({schedule.epochs:.3g} epochs), lr {self.train.lr:g} {self.train.lr_schedule} "
                 f"after {schedule.warmup} warmup steps, {self.precision.name} on {self.device.type}",

@@ -69,12 +69,14 @@ def run(fabric: Fabric, job: Job) -> Result:
     tokenizer = job.checkpoint.tokenizer()
     prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
     samples = _load_samples(job, tokenizer, prompt)
+    prompted = any(len(sample.prompt_tokens) for sample in samples.train)  # plain text has no prompt
+    saved_prompt = prompt.to_dict() if prompted else job.checkpoint.prompt
     schedule = Schedule.plan(len(samples.train), job.train, job.eval)
     out_dir = fabric.broadcast(claim(job.out_dir, job.method) if fabric.is_global_zero else None)
 
     report = Report(job.checkpoint, job.plan, job.precision, job.train, samples, schedule, fabric.device, job.recipe)
     monitor = Monitor(out_dir, schedule.max_steps, job.train.log_interval, fabric.global_rank)
-    monitor.say(report.opening(prompt.style))
+    monitor.say(report.opening(prompt.style if prompted else None))
     try:
         gpt = load_model(job.checkpoint, lambda n: job.precision.kept(n in job.plan.trained))
         job.plan.apply(gpt)
@@ -84,7 +86,7 @@ def run(fabric: Fabric, job: Job) -> Result:
         def save(name: str, outcome: Outcome) -> Optional[Proof]:
             proof = None
             if fabric.is_global_zero:
-                manifest = _manifest(job, prompt, schedule, outcome)
+                manifest = _manifest(job, saved_prompt, schedule, outcome)
                 proof = _write(job.writer, out_dir / name, gpt, manifest)
                 _keep_last(out_dir, job.train.keep_last)
             return fabric.broadcast(proof)
@@ -139,12 +141,12 @@ def claim(out_dir: Optional[Path], method: str) -> Path:
     return out_dir
 
 
-def _manifest(job: Job, prompt: Prompt, schedule: Schedule, outcome: Outcome) -> dict[str, Any]:
+def _manifest(job: Job, prompt: Optional[dict], schedule: Schedule, outcome: Outcome) -> dict[str, Any]:
     base = job.checkpoint
     return {
         "kind": job.method,
         "base": {"path": str(base.path.resolve()), "weights_hash": base.weights_hash},
-        "prompt": prompt.to_dict(),
+        "prompt": prompt,
         "training": {
             "layers": format_layers(job.plan.layers),
             "trained": sorted(job.plan.trained),

@@ -175,9 +175,11 @@ class HFTensors(Mapping):
             name = self._spelling(link.hf, model_type)
             used.add(name)
             expected = tuple(link.layout.join([torch.empty(shapes[n], device="meta") for n in link.ours]).shape)
-            _, shape = self.stored.layout(name)
+            dtype, shape = self.stored.layout(name)
+            file = self.stored.files[name].path
+            if not dtype.is_floating_point:
+                raise UsageError(f"{file}: {name} is stored as {dtype}; litfreeze takes no quantised weights.")
             if shape != expected:
-                file = self.stored.files[name].path
                 raise UsageError(f"{file}: {name} has shape {list(shape)}; config.json asks for {list(expected)}.")
             self.found |= {own: (link, part, name) for part, own in enumerate(link.ours)}
         self._check_extra(set(self.stored) - used, config, model_type)
