@@ -22,13 +22,14 @@ from litfreeze.config import Config, RoPE
 
 class GPT(nn.Module):
     """A causal language model. Parameters: `embed`, `pos_embed` (if positions are learned), `blocks.0 …`,
-    `final_norm`, `head` (the same tensor as `embed` when the config ties them)."""
+    `final_norm`, `head` (the same tensor as `embed` when the config ties them). They mean nothing until they are
+    loaded or `init_weights` draws them."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.pos_embed = None if config.rope else nn.Embedding(config.block_size, config.n_embd)
+        self.embed = blank_embedding(config.vocab_size, config.n_embd)
+        self.pos_embed = None if config.rope else blank_embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = build_norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -94,6 +95,11 @@ class GPT(nn.Module):
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 scale = 1 / math.sqrt(2 * self.config.n_layer) if writes else 1.0
                 parameter.copy_(torch.normal(0.0, std * scale, parameter.shape, generator=generator))
+
+
+def blank_embedding(rows: int, width: int) -> nn.Embedding:
+    """Without torch's random draw, which on the meta device imports its compiler for a second and more."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def meta_parameters(config: Config) -> dict[str, Tensor]:

@@ -221,8 +221,14 @@ def pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
     rows = tensor.detach().reshape(-1) if tensor.ndim < 2 else tensor.detach()
     step = max(1, PIECE // max(1, rows[:1].numel() * dtype.itemsize))
     for part in rows.split(step):
-        part = part.to(device="cpu", dtype=dtype).contiguous()
-        yield memoryview(part.view(-1).view(torch.uint8).numpy())
+        yield memoryview(as_bytes(part.to(device="cpu", dtype=dtype)).numpy())
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of `tensor`, row-major: (n,) uint8, the same memory if it lies in order."""
+    tensor = tensor.contiguous()
+    # view(-1) would keep the stride of a single element, which may be anything
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def sha256(tensor: Tensor, dtype: torch.dtype) -> str:
@@ -236,11 +242,14 @@ def sha256(tensor: Tensor, dtype: torch.dtype) -> str:
 def write_text(path: Path, text: str) -> None:
     """Writes aside, fsyncs and renames, so that `path` is whole or as it was."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from litfreeze.checkpoint.directory import Checkpoint, write_checkpoint
+from litfreeze.checkpoint.tensors import as_bytes
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.model import GPT
 
@@ -90,4 +91,4 @@ def write_trained(
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal to the bit: -0.0 is not 0.0, and a NaN equals itself."""
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    return torch.equal(as_bytes(a), as_bytes(b))

@@ -3,11 +3,11 @@
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -32,7 +32,7 @@ from litfreeze.errors import UsageError
 
 def raw(tensor):
     """The tensor's bytes, row-major, whatever they mean (NaNs compare too)."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
 
 
 @st.composite
@@ -40,13 +40,13 @@ def any_tensor(draw):
     """Any dtype, 0 to 3 dimensions, perhaps empty, perhaps a view that does not lie row by row in memory."""
     dtype = draw(st.sampled_from(list(SAFETENSORS_DTYPES)))
     shape = draw(st.lists(st.integers(0, 5), max_size=3))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     high = 2 if dtype == torch.bool else 256
-    data = torch.from_numpy(rng.integers(0, high, [*shape, dtype.itemsize], dtype=np.uint8))
-    tensor = data.view(dtype).reshape(shape)
+    data = torch.randint(high, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    tensor = data.view(dtype).view(shape)
     view = draw(st.sampled_from(["as it is", "transposed", "every other", "expanded"]))
     if view == "transposed":
-        return tensor.permute(*reversed(range(tensor.ndim)))
+        return tensor.permute(tuple(reversed(range(tensor.ndim))))
     if view == "every other" and tensor.ndim:
         return tensor[..., ::2]
     if view == "expanded":
@@ -73,12 +73,14 @@ def test_the_safetensors_library_reads_what_was_written(weights, limit):
             read |= safetensors.torch.load_file(file)
             header = int.from_bytes(file.read_bytes()[:8], "little")
             assert header % 8 == 0, "the data does not begin at a multiple of 8"
-            assert sum(t.nbytes for t in safetensors.torch.load_file(file).values()) <= limit or len(read) <= len(files)
         assert {name: (t.dtype, t.shape) for name, t in read.items()} == layout_of(weights)
         assert {name: raw(t) for name, t in read.items()} == {name: raw(t) for name, t in weights.items()}
         assert hashes == {name: hashlib.sha256(raw(t)).hexdigest() for name, t in weights.items()}
         assert hashes == {name: sha256(t, t.dtype) for name, t in weights.items()}
 
+        for file in files:
+            sizes = [tensor.nbytes for tensor in safetensors.torch.load_file(file).values()]
+            assert sum(sizes) <= limit or sum(size > 0 for size in sizes) == 1
         index = folder / "model.safetensors.index.json"
         assert index.exists() == (len(files) > 1)
         ours = TensorDirectory(folder, ["model.safetensors"])
@@ -161,6 +163,7 @@ def test_a_truncated_file_is_refused_by_name(name, data):
 @pytest.mark.parametrize("name", WHOLE)
 @settings(max_examples=150)
 @given(data=st.data())
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_damaged_file_is_read_or_refused(name, data):
     content = bytearray(WHOLE[name])
     for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=3)):

@@ -8,6 +8,7 @@ import torch
 
 from litfreeze.data.args import DataArgs
 from litfreeze.data.batches import epoch_order
+from litfreeze.demo import TRAIN_FILE
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.train.args import EvalArgs, TrainArgs
 
@@ -44,8 +45,8 @@ def plain_loop(model_dir, records):
     return losses
 
 
-def test_three_epochs_of_two_blocks(smollm2, shared, tmp_path):
-    lines = (shared / "data/snips/train.jsonl").read_text(encoding="utf-8").splitlines()[:RECORDS]
+def test_three_epochs_of_two_blocks(smollm2, tmp_path):
+    lines = TRAIN_FILE.read_text(encoding="utf-8").splitlines()[:RECORDS]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(lines), encoding="utf-8")
     finetune_full(
