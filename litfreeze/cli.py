@@ -2,10 +2,11 @@
 
 A command is a plain function: its signature gives the options, its docstring the help. jsonargparse reads the values,
 each place stronger than the one before: the signature's defaults, the environment, YAML files (`--config`), the flags.
-Ours is what it leaves open: the command's name in front, numbers that stay what was typed, errors of one line.
+Ours is what it leaves open: the command's name in front, numbers that stay what was written, errors of one line.
 No heavy import: this file runs for `litfreeze --help`."""
 
 import inspect
+import os
 import re
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Iterable, Mapping
@@ -26,9 +27,8 @@ from litfreeze import __version__
 from litfreeze.errors import UsageError, did_you_mean
 
 SHORT = {"data": "data.path"}  # `--data FILE`, and `data: FILE` in a file
-ENVIRONMENT = "LITFREEZE"
-EPILOG = """A --config FILE holds options by these names; flags win over it wherever they stand. LITFREEZE_TRAIN__LR=1e-4
-in the environment is --train.lr 1e-4; files and flags win over it. --debug shows the traceback of an error."""
+EPILOG = """Options can also stand in a --config FILE, or in the environment: LITFREEZE_TRAIN__LR=1e-4 is
+--train.lr 1e-4. A flag wins over a file, a file over the environment. --debug shows the traceback of an error."""
 
 
 class NoCommand(UsageError):
@@ -53,17 +53,14 @@ def parse(words: Iterable[str], commands: Mapping[str, str]) -> tuple[Callable[.
         return show, {"text": version if words[0] == "--version" else help_of_commands(command, commands)}
     function = load(commands[command])
     parser = Parser(command, function)
-    words = one_word_each(words, parser.options)
     try:
         with redirect_stdout(StringIO()) as answer:
-            arguments = parser.instantiate(parser.parse_args(words, env=True))
-    except SystemExit:  # how jsonargparse ends after --help and --print_config
+            values = parser.instantiate(parser.parse_args(one_word_each(words, parser.options), env=True))
+    except SystemExit:  # how argparse ends after --help and --print_config
         return show, {"text": answer.getvalue()}
-    except UsageError:
-        raise
     except (ArgumentError, TypeError, ValueError) as error:
-        raise UsageError(parser.told(error, words)) from error
-    return function, {name: arguments[name] for name in inspect.signature(function).parameters}
+        raise UsageError(parser.told(error)) from error
+    return function, {name: values[name] for name in inspect.signature(function).parameters}
 
 
 def show(text: str) -> None:
@@ -78,31 +75,31 @@ def find_command(words: Iterable[str], commands: Mapping[str, str]) -> tuple[str
     """`"finetune full"` and the words after it. Where the words ask for help or the version before a command is
     complete, what there is of it (`"finetune"`, `""`) and the words from there on."""
     words = list(words)
-    command, below = "", list(commands)
-    while words and command not in commands:
-        longer = f"{command} {words[0]}".strip()
-        within = [name for name in below if f"{name} ".startswith(f"{longer} ")]
-        if not within:
-            break
-        command, below = longer, within
-        words.pop(0)
-    if command in commands or words[:1] in (["-h"], ["--help"]) or (words[:1] == ["--version"] and not command):
-        return command, words
-    if not words:
+    depth = max(depth for depth in range(len(words) + 1) if names_below(words[:depth], commands))
+    command, rest = " ".join(words[:depth]), words[depth:]
+    if command in commands or rest[:1] in (["-h"], ["--help"]) or (rest[:1] == ["--version"] and not command):
+        return command, rest
+    if not rest:
         raise NoCommand(help_of_commands(command, commands))
-    if words[0].startswith("-"):
-        raise UsageError(f"{words[0]} stands before the command. Write 'litfreeze {below[0]} {words[0]} ...'.")
-    same_end = [name for name in commands if name.endswith(f" {words[0]}")]
-    near = did_you_mean(*((same_end[0], same_end) if same_end else (longer, commands)))
-    raise UsageError(f"unknown command '{longer}'.{near} Commands: {', '.join(below)}.")
+    below, asked = names_below(words[:depth], commands), f"{command} {rest[0]}".strip()
+    if rest[0].startswith("-"):
+        raise UsageError(f"{rest[0]} stands before the command. Write 'litfreeze {below[0]} {rest[0]} ...'.")
+    same_end = [name for name in commands if name.endswith(f" {rest[0]}")]
+    near = did_you_mean((same_end or [asked])[0], commands)
+    raise UsageError(f"unknown command '{asked}'.{near} Commands: {', '.join(below)}.")
+
+
+def names_below(path: list[str], commands: Iterable[str]) -> list[str]:
+    """`["convert from_hf", "convert to_hf"]` for `["convert"]`; all for `[]`."""
+    return [name for name in commands if name.split()[: len(path)] == path]
 
 
 def help_of_commands(command: str, commands: Mapping[str, str]) -> str:
     """The help of `litfreeze` or, where `command` is "finetune", of that group."""
-    names = [name for name in commands if f"{name} ".startswith(f"{command} ".lstrip())]
+    names = names_below(command.split(), commands)
     rows = [f"  {name:<{max(map(len, names))}}  {description(load(commands[name]))[0]}" for name in names]
-    head = ["usage: litfreeze COMMAND [--option VALUE ...]", "", "Fine-tune chosen layers of a language model.", ""]
-    return "\n".join([*head, "commands:", *rows, "", "'litfreeze COMMAND --help' lists the options of a command."])
+    head = "usage: litfreeze COMMAND [--option VALUE ...]\n\nFine-tune chosen layers of a language model.\n\ncommands:"
+    return "\n".join([head, *rows, "\n'litfreeze COMMAND --help' lists the options of a command."])
 
 
 def load(spec: str) -> Callable[..., Any]:
@@ -120,6 +117,59 @@ def description(function: Callable[..., Any]) -> list[str]:
 # ---- its options ----
 
 
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser of one function. `options` are its names and types: `{"seed": int, "train.lr": ...}`."""
+
+    def __init__(self, command: str, function: Callable[..., Any]):
+        super().__init__(
+            usage=f"litfreeze {command} [--option VALUE ...]",
+            description=" ".join(description(function)),
+            epilog=EPILOG,
+            env_prefix="LITFREEZE",
+            parser_mode=MODE,
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
+        self.options = options_of(function)
+        self.add_argument("--config", action="config", metavar="FILE", help="Read options from this YAML file.")
+        self.add_function_arguments(function, as_group=False)
+        for action in self._actions:  # kept out of the help: `--train CONFIG` and `--trainable_layers+`
+            action.help = SUPPRESS if action.metavar == "CONFIG" else action.help
+            action.option_strings = [word for word in action.option_strings if not word.endswith("+")]
+
+    def parse_path(self, path: Any, **kwargs: Any) -> jsonargparse.Namespace:
+        """jsonargparse's reading of a `--config`, with every name in it checked, and the file named in its errors."""
+        try:
+            values = super().parse_path(path, **kwargs)
+            for name, value in values.items():
+                if name not in self.options:
+                    raise unknown_option(name, self.options)
+                if value is None and NoneType not in get_args(self.options[name]):
+                    raise UsageError(f"{name}: null is not {expected(self.options[name])}.")
+        except (ArgumentError, ValueError) as error:
+            raise UsageError(f"{path}: {self.told(error)}") from error
+        return values
+
+    def told(self, error: Exception) -> str:
+        """`"train.lr: 'fast' is not a number."` where jsonargparse fills half a screen."""
+        if isinstance(error, UsageError):
+            return str(error)
+        name, _, text = str(error).removeprefix('Parser key "').partition('":')
+        if "Unable to load config" in text:  # of a group: a value where a mapping belongs
+            return str(unknown_option(name, self.options))
+        given = re.search(r"(?:Got|Given) value: (.*)", text)
+        if given is None or name not in self.options:
+            return " ".join(str(error).replace("Parser key ", "").split())
+        value, hint = given[1], self.options[name]
+        variable = f"LITFREEZE_{name.upper().replace('.', '__')}"
+        where = variable if os.environ.get(variable) == value else name
+        near = did_you_mean(value, expected(hint).removeprefix("one of ").split(", "))
+        quotes = (
+            " In a file, quotes make a value text: '-2:'." if value and {str, Path} & {hint, *get_args(hint)} else ""
+        )
+        return f"{where}: {value[:80]!r} is not {expected(hint)}.{near}{quotes}"
+
+
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Every option's name and type; a dataclass parameter is a group: `{"seed": int, "train.lr": Optional[float]}`."""
     options: dict[str, Any] = {}
@@ -131,36 +181,35 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def one_word_each(words: Iterable[str], options: Mapping[str, Any]) -> list[str]:
-    """Every option and its value as one word, `--trainable_layers=-2:`, so that no value is taken for an option.
-    `--config` comes first, so that flags win wherever it stands."""
-    files: list[str] = []
-    flags: list[str] = []
-    words = list(words)
+    """Every option joined with its value, `--trainable_layers=-2:`, so that no value is taken for an option; and
+    `--config` first, so that flags win wherever it stands."""
+    words, files, flags = list(words), [], []
     while words:
         flag, equals, value = words.pop(0).partition("=")
+        name = SHORT.get(flag[2:], flag[2:])
         if flag in ("-h", "--help", "--print_config"):
             flags.append(flag + equals + value)
             continue
         if not flag.startswith("--"):
-            raise UsageError(
-                f"{flag!r} belongs to no option. Options begin with '--'; a value with blanks needs quotes."
-            )
-        name = SHORT.get(flag[2:], flag[2:])
+            raise UsageError(f"{flag!r} belongs to no option. Options begin with --; a value with blanks needs quotes.")
         if name not in options and name != "config":
-            raise UsageError(f"unknown option {flag}.{near_option(name, options)} '--help' lists the options.")
-        if not equals:
-            if not words or re.match("--[A-Za-z]", words[0]):
-                raise UsageError(f"{flag} needs a value: {expected(options.get(name, Path))}.")
-            value = words.pop(0)
+            raise unknown_option(name, options)
+        if not equals and (not words or re.match("--[A-Za-z]", words[0])):
+            raise UsageError(f"{flag} needs a value: {expected(options.get(name, Path))}.")
+        value = value if equals else words.pop(0)
         (files if name == "config" else flags).append(f"--{name}={value}")
     return files + flags
 
 
-def near_option(name: str, options: Mapping[str, Any]) -> str:
-    """The option that was probably meant: `lr` for `train.lr`, `trainable-layers` for `trainable_layers`."""
-    name = name.replace("-", "_")
-    same_end = [option for option in options if option.endswith((f".{name}", f"_{name}"))]
-    return did_you_mean(same_end[0] if same_end else name, options)
+def unknown_option(name: str, options: Iterable[str]) -> UsageError:
+    """The error, with what was probably meant: `train.lr` for `lr`, `trainable_layers` for `trainable-layers`."""
+    inside = [option for option in options if option.startswith(f"{name}.")]
+    if inside:
+        return UsageError(f"{name} is a group of options, not one: set {', '.join(inside[:3])}, ...")
+    word = name.replace("-", "_")
+    same_end = [option for option in options if f".{option}".endswith((f".{word}", f"_{word}"))]
+    near = did_you_mean(min(same_end, key=len, default=word), options)
+    return UsageError(f"unknown option '{name}'.{near} --help lists the options.")
 
 
 def expected(hint: Any) -> str:
@@ -169,90 +218,53 @@ def expected(hint: Any) -> str:
     words |= {list: "a list", dict: "a mapping such as '{name: value}'"}
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
-    kind = get_origin(hint) or hint
-    return words.get(kind) or " or ".join(expected(choice) for choice in get_args(hint) if choice is not NoneType)
-
-
-class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser of one function, with messages of one line."""
-
-    def __init__(self, command: str, function: Callable[..., Any]):
-        usage = f"litfreeze {command} [--option VALUE ...]"
-        text = " ".join(description(function))
-        kwargs = {"env_prefix": ENVIRONMENT, "exit_on_error": False, "allow_abbrev": False, "parser_mode": "plain_text"}
-        super().__init__(prog="litfreeze", usage=usage, description=text, epilog=EPILOG, **kwargs)
-        self.options = options_of(function)
-        self.add_argument("--config", action="config", metavar="FILE", help="Read options from a YAML file.")
-        self.add_function_arguments(function, as_group=False)
-        for action in self._actions:  # out of the help: `--train FILE` (ours is --config) and `--trainable_layers+`
-            action.help = SUPPRESS if action.metavar == "CONFIG" else action.help
-            action.option_strings = [word for word in action.option_strings if not word.endswith("+")]
-
-    def parse_path(self, path: Any, **kwargs: Any) -> jsonargparse.Namespace:
-        """jsonargparse's way of reading a `--config`, with the file in its errors and every key checked."""
-        try:
-            values = super().parse_path(path, **kwargs)
-            for name, value in values.items():
-                if name not in self.options:
-                    raise UsageError(f"unknown option '{name}'.{near_option(name, self.options)}")
-                if value is None and NoneType not in get_args(self.options[name]):
-                    raise UsageError(f"{name}: null is not {expected(self.options[name])}.")
-        except (ArgumentError, ValueError) as error:
-            raise UsageError(f"{path}: {self.told(error)}") from error
-        return values
-
-    def told(self, error: Exception, words: Iterable[str] = ()) -> str:
-        """`"--train.lr: 'fast' is not a number."` for half a screen of jsonargparse's."""
-        text = str(error)
-        key, value = re.match(r'Parser key "([^"]+)"', text), re.search(r"(?:Got|Given) value: (.*)", text)
-        if isinstance(error, UsageError) or key is None or value is None or key[1] not in self.options:
-            return " ".join(text.split())
-        hint = self.options[key[1]]
-        return f"{key[1]}: {value[1]!r} is not {expected(hint)}."
+    choices = [expected(choice) for choice in get_args(hint) if choice is not NoneType]
+    return words.get(get_origin(hint) or hint) or " or ".join(choices)
 
 
 # ---- what a text means ----
 
 
-class PlainText(yaml.SafeLoader):
-    """YAML whose scalars stay the text that stands there: the types say what is a number, and 1:30 is not 90."""
+class Yaml(yaml.SafeLoader):
+    """YAML in which only what is plainly a number, true, false or null is one. In YAML 1.1 1:30 is 90, and 010 is 8."""
 
     yaml_implicit_resolvers: ClassVar = {}
 
 
-PlainText.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(null|)$"), ["n", ""])
+NUMBER = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?"
+for tag, pattern in {"null": "null|", "bool": "true|false", "int": "0|-?[1-9][0-9]*", "float": NUMBER}.items():
+    Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$"), None)
 
 
 def read_yaml(text: str, path: str = "") -> Any:
-    """What a value says, or, with its `path`, a whole file. jsonargparse's hook for both."""
+    """What a value says or, where jsonargparse gives a `path`, what a file says."""
     try:
-        content = yaml.load(text, Loader=PlainText)
-    except yaml.YAMLError as error:
+        content = yaml.load(text, Loader=Yaml)
+    except yaml.MarkedYAMLError as error:
         if not path:
-            raise  # a value that is not YAML, such as `*a`, is text
-        mark = getattr(error, "problem_mark", None)
-        if mark is None:
-            raise UsageError(f"not YAML: {' '.join(str(error).split())}.") from None
-        line = "".join(text.splitlines()[mark.line : mark.line + 1]).strip()
-        hint = (
-            "Text that ends in a colon or begins with *, &, % or @ needs quotes: '-2:'. Indent with blanks, not tabs."
-        )
-        raise UsageError(f"line {mark.line + 1} is not YAML ({error.problem}): {line}\n{hint}") from None
-    if not path:
-        return content
+            raise  # a value such as `*a` is no YAML: it is text
+        number = error.problem_mark.line
+        line = "".join(text.splitlines()[number : number + 1]).strip()
+        hint = "Text that ends in a colon or begins with *, &, % or @ needs quotes: '-2:'. Indent with blanks."
+        raise UsageError(f"line {number + 1} is not YAML ({error.problem}): {line}\n{hint}") from None
+    if not path:  # a list or mapping stands in brackets here: `- 10` is text
+        return content if text[:1] in "[{" or not isinstance(content, (list, dict)) else text
     if not isinstance(content, dict):
         raise UsageError("not lines of 'option: value', as --print_config writes them.")
-    return {SHORT.get(key, key) if isinstance(value, str) else key: value for key, value in content.items()}
+    return {SHORT.get(name, name) if isinstance(value, str) else name: value for name, value in content.items()}
 
 
 def read_path(text: str) -> Path:
-    """A path with `~` expanded; an empty text is none (Path would take it for the working directory)."""
+    """A path with `~` expanded. An empty text is none (Path would take it for the working directory)."""
     if not text:
-        raise ValueError("an empty text is no path")
+        raise ValueError(f"Expected a path. Got value: {text}")
     return Path(text).expanduser()
 
 
-jsonargparse.set_loader("plain_text", read_yaml, exceptions=(yaml.YAMLError,))
+MODE = "litfreeze"
+# Else {class_path: any.Class} inside of --data.prompt_args would be made an object.
+jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)
+jsonargparse.set_loader(MODE, read_yaml, exceptions=(yaml.YAMLError,))
 jsonargparse.typing.register_type(Path, deserializer=read_path, type_check=isinstance)
-# A text that should be a number is read once more, by jsonargparse's own YAML 1.1 loader. It has no public setting.
-_loaders_dumpers.yaml_default_loader = PlainText
+# Text that should be a number is read by jsonargparse's own YAML 1.1 loader, for which there is no public setting.
+_loaders_dumpers.yaml_default_loader = Yaml

@@ -230,14 +230,17 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
-# Fields that do not change a forward pass: tokens and generation habits, bookkeeping, and the regularisation of
-# pretraining (litfreeze trains without dropout, as LitGPT does).
+# The regularisation of pretraining: litfreeze trains without dropout, as LitGPT does, and says so
+DROPOUT = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+
+# Fields that do not change a forward pass: tokens and generation habits, and bookkeeping
 # fmt: off
 HARMLESS = frozenset({
+    *DROPOUT,
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
     "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
-    "sep_token_id", "unk_token_id", "decoder_start_token_id", "attention_dropout", "hidden_dropout", "attn_pdrop",
-    "embd_pdrop", "resid_pdrop", "classifier_dropout", "summary_type", "summary_use_proj", "summary_activation",
+    "sep_token_id", "unk_token_id", "decoder_start_token_id",
+    "classifier_dropout", "summary_type", "summary_use_proj", "summary_activation",
     "summary_proj_to_labels", "summary_first_dropout", "task_specific_params", "pretraining_tp", "is_llama_config",
     "id2label", "label2id", "num_labels", "problem_type", "output_hidden_states", "output_attentions", "return_dict",
     "return_dict_in_generate", "chunk_size_feed_forward", "tokenizer_class", "prefix", "finetuning_task",

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import write_json
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import logging
-
-from families import write_json
 
 # Fixtures here hold what no example changes, so one for all examples is right
 settings.register_profile(

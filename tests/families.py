@@ -45,16 +45,18 @@ MSCALES = {"mscale": st.sampled_from([0.7, 1.0]), "mscale_all_dim": st.sampled_f
 
 
 @st.composite
-def rope(draw, kinds=("default", "linear", "llama3", "yarn"), theta_key="rope_theta", shares=None, share_key=None) -> Fields:
+def rope(
+    draw, kinds=("default", "linear", "llama3", "yarn"), theta_key="rope_theta", shares=None, share_key=None
+) -> Fields:
     """The rotary fields as transformers 4 (rope_theta, rope_scaling) or transformers 5 (rope_parameters) has them."""
     kind = draw(st.sampled_from(kinds))
     scaling = draw(st.fixed_dictionaries(SCALINGS[kind], optional=YARN_OPTIONS if kind == "yarn" else {}))
     if kind == "yarn" and draw(st.booleans()):
         scaling |= draw(st.fixed_dictionaries(MSCALES))
     theta = draw(st.sampled_from([10000.0, 500, 1e6]))
-    share = {share_key: draw(shares)} if shares is not None else {}
+    share = {share_key: draw(shares)} if share_key else {}
     if draw(st.booleans()):
-        partial = {"partial_rotary_factor": value for value in share.values()}
+        partial = {"partial_rotary_factor": share[share_key]} if share_key else {}
         return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling, **partial}}
     if kind == "default":
         return {theta_key: theta, **share, **draw(st.sampled_from([{}, {"rope_scaling": None}]))}

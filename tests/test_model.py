@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from families import BLOCK_SIZE, FAMILIES, keep_dtype, random_tokens, saved_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from families import BLOCK_SIZE, FAMILIES, keep_dtype, random_tokens, saved_model
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.config import Config
 from litfreeze.generate.sample import generate_tokens

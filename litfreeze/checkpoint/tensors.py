@@ -201,7 +201,7 @@ def _write_shard(file: Path, layout: Layout, read: Callable[[str], Tensor], hash
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    text += b" " * (-(8 + len(text)) % 64)  # the data begins at a multiple of 64: a mapped tensor is aligned
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape) in layout.items():

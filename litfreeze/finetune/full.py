@@ -6,7 +6,7 @@ from typing import Literal, Optional, Union
 from litfreeze.data.args import DataArgs
 from litfreeze.train.args import EvalArgs, TrainArgs
 
-Layers = Union[int, str, list[Union[int, str]], None]
+Layers = Union[str, int, list[Union[str, int]], None]
 Names = Union[str, list[str], None]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 

@@ -38,7 +38,8 @@ def setup(
     tokenizer = Tokenizer.from_dir(tokenizer_dir)
     if preset is not None:
         hf_config |= {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id}
-        hf_config |= {"eos_token_id": tokenizer.eos_id, "torch_dtype": "float32"}
+        hf_config |= {"eos_token_id": tokenizer.eos_id}
+    hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = "float32"  # what is written, whatever the file says
     config = Config.from_hf(hf_config, str(config_file or preset))
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(

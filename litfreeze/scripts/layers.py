@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Optional, Union
 
-Layers = Union[int, str, list[Union[int, str]], None]
+Layers = Union[str, int, list[Union[str, int]], None]
 Names = Union[str, list[str], None]
 
 

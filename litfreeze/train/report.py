@@ -12,6 +12,7 @@ import torch
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.tensors import write_text
 from litfreeze.checkpoint.trained import Proof
+from litfreeze.config import DROPOUT
 from litfreeze.data.samples import IGNORE, Sample, Samples
 from litfreeze.freeze.memory import Precision, describe_memory, megabytes
 from litfreeze.freeze.plan import FreezePlan
@@ -58,6 +59,7 @@ class Report:
         """What will train, on what, for how long, and what it will cost."""
         config, schedule = self.checkpoint.config, self.schedule
         tokens, targets = self._micro_batch()
+        dropout = [f"{name} {value}" for name in DROPOUT if (value := self.checkpoint.hf_config.get(name))]
         return "\n".join(
             [
                 f"Model     {self.checkpoint.path} ({config.n_layer} blocks, {self.plan.n_parameters:,} parameters)",
@@ -66,6 +68,7 @@ class Report:
                 f"Run       {schedule.max_steps} steps of {self.train.global_batch_size} samples "
                 f"({schedule.epochs:.3g} epochs), lr {self.train.lr:g} {self.train.lr_schedule} "
                 f"after {schedule.warmup} warmup steps, {self.precision.name} on {self.device.type}",
+                *([f"          Without dropout (config.json has {', '.join(dropout)})."] if dropout else []),
                 f"Trains    {self.plan.summary()}",
                 "",
                 self.plan.table(),

@@ -30,9 +30,10 @@ def test_from_the_first_command_to_transformers(tmp_path, monkeypatch, capsys):
         capsys,
     )
     second = "out/finetune/full-2/final"
-    assert open_checkpoint(second).manifest["base"]["weights_hash"] == open_checkpoint(
-        "out/finetune/full/final"
-    ).weights_hash
+    assert (
+        open_checkpoint(second).manifest["base"]["weights_hash"]
+        == open_checkpoint("out/finetune/full/final").weights_hash
+    )
 
     answer = litfreeze(f"generate --checkpoint_dir {second} --prompt Hello --max_new_tokens 12", capsys).strip()
     litfreeze(f"convert to_hf --checkpoint_dir {second} --out_dir hf", capsys)
