@@ -106,7 +106,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 def _nearby(path: Path) -> str:
     """Where the checkpoint may be instead: people name the run's folder in place of its `final`."""
     inside = sorted(child.name for child in path.iterdir() if (child / "config.json").is_file())
-    return f" Did you mean {path / inside[0]}?" if inside else ""
+    near = "final" if "final" in inside else inside[0] if inside else None
+    return f" Did you mean {path / near}?" if near else ""
 
 
 def _check_shapes(stored: TensorDirectory, shapes: Mapping[str, tuple[int, ...]]) -> None:

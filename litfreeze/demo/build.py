@@ -77,22 +77,42 @@ def build(sources: Path, work_dir: Path, seed: int = 1337) -> None:
     )
     publish(on_halves.checkpoint_dir)
 
-    bases = {"pretrained": MODEL_DIR, "random": work_dir / "random"}
-    scores = {
-        name: [_demo_run(base, work_dir / f"{name}-{s}", s).outcome for s in SEEDS] for name, base in bases.items()
-    }
-    write_card(on_text.outcome, on_halves.outcome, scores)
+    all_labels = write_jsonl(work_dir / "all_labels.jsonl", (r for r in utterances if r["prompt"] not in secret))
+    write_card(on_text.outcome, on_halves.outcome, measure(work_dir, all_labels))
 
 
-def _demo_run(base: Path, out_dir: Path, seed: int) -> Any:
-    """What `litfreeze finetune full --trainable_layers 10,11` does, over `base`."""
+def measure(work_dir: Path, all_labels: Path) -> dict[str, list[Any]]:
+    """The runs behind the card, each over three seeds: what the first command does, and what it must be held against."""
+    from litfreeze.data.args import DataArgs
     from litfreeze.demo import TRAIN_DEFAULTS
     from litfreeze.finetune.full import setup as finetune_full
-    from litfreeze.train.args import TrainArgs
+    from litfreeze.train.args import EvalArgs, TrainArgs
 
-    return finetune_full(
-        checkpoint_dir=base, out_dir=out_dir, trainable_layers="10,11", train=TrainArgs(**TRAIN_DEFAULTS), seed=seed
-    )
+    random_base = work_dir / "random"
+    few, many = TrainArgs(**TRAIN_DEFAULTS), TrainArgs(lr=TRAIN_DEFAULTS["lr"], epochs=1)
+    everyone = DataArgs(path=all_labels, val_path=VAL_FILE)
+    choices = {
+        "pretrained": (MODEL_DIR, "10,11", DataArgs(), few),
+        "random": (random_base, "10,11", DataArgs(), few),
+        "first": (MODEL_DIR, "0,1", DataArgs(), few),
+        "pretrained_all": (MODEL_DIR, "10,11", everyone, many),
+        "random_all": (random_base, "10,11", everyone, many),
+    }
+    return {
+        name: [
+            finetune_full(
+                checkpoint_dir=base,
+                out_dir=work_dir / f"{name}-{seed}",
+                trainable_layers=layers,
+                data=data,
+                train=train,
+                eval=EvalArgs(save_best=False),
+                seed=seed,
+            ).outcome
+            for seed in SEEDS
+        ]
+        for name, (base, layers, data, train) in choices.items()
+    }
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -200,6 +220,10 @@ def write_card(on_text: Any, on_halves: Any, scores: dict[str, list[Any]]) -> No
         after=percent("pretrained", "after"),
         random_before=percent("random", "before"),
         random_after=percent("random", "after"),
+        first_before=percent("first", "before"),
+        first_after=percent("first", "after"),
+        pretrained_all=percent("pretrained_all", "after"),
+        random_all=percent("random_all", "after"),
         gain=f"{gain:.1f}",
     )
     Path(__file__).with_name("CARD.md").write_text(card, encoding="utf-8")

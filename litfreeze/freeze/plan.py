@@ -121,7 +121,7 @@ class FreezePlan:
     def summary(self) -> str:
         """One line: what trains, and its share."""
         outside = [e for e in EXTRAS if any(n in self.trained for n in self._part(e))]
-        blocks = [f"blocks {format_layers(self.layers)}"] if self.layers else []
+        blocks = [f"block{'s' * (len(self.layers) > 1)} {format_layers(self.layers)}"] if self.layers else []
         partly = any(
             self._state(i) != frozenset(_inner(n) for n in self.sizes if block_of(n) == i) for i in self.layers
         )

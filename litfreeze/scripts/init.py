@@ -5,8 +5,8 @@ from typing import Optional
 
 
 def setup(
-    tokenizer_dir: Path,
-    out_dir: Path,
+    tokenizer_dir: Optional[Path] = None,
+    out_dir: Path = Path("out/init"),
     preset: Optional[str] = None,
     config_file: Optional[Path] = None,
     seed: int = 1337,
@@ -14,26 +14,30 @@ def setup(
     """Make a checkpoint with random weights. Train it on plain text with `litfreeze finetune full --data text.txt`.
 
     Args:
-        tokenizer_dir: Where the tokenizer lies: a directory with tokenizer.json or tokenizer.model.
+        tokenizer_dir: Where tokenizer.json or tokenizer.model lies; without it, the embedded demo's tokenizer.
         out_dir: The checkpoint directory to write.
-        preset: A shape by name: demo, smollm2-135m or llama-3.2-1b.
-        config_file: Or a shape from a Hugging Face config.json.
+        preset: A shape by name: demo (the default), smollm2-135m or llama-3.2-1b.
+        config_file: A shape from a Hugging Face config.json instead.
         seed: Fixes the weights.
     """
     import torch
 
     from litfreeze.checkpoint.directory import write_checkpoint
     from litfreeze.config import PRESETS, Config, read_json
+    from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError, did_you_mean
     from litfreeze.model import GPT
     from litfreeze.tokenizer import Tokenizer
 
-    if (preset is None) == (config_file is None):
-        raise UsageError(f"Name a shape: --preset {'|'.join(PRESETS)}, or --config_file a config.json.")
+    if preset is not None and config_file is not None:
+        raise UsageError("--preset and --config_file both name a shape; keep one of them.")
+    if config_file is None:
+        preset = preset or "demo"
     if preset is not None and preset not in PRESETS:
         raise UsageError(
             f"--preset {preset!r} is unknown.{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
         )
+    tokenizer_dir = Path(tokenizer_dir or MODEL_DIR)
     hf_config = dict(PRESETS[preset]) if preset is not None else read_json(config_file)
     tokenizer = Tokenizer.from_dir(tokenizer_dir)
     if preset is not None:
@@ -49,7 +53,7 @@ def setup(
     model.init_weights(seed)
     weights = dict(model.named_parameters())
     layout = {name: (torch.float32, tuple(weight.shape)) for name, weight in weights.items()}
-    write_checkpoint(Path(out_dir), hf_config, layout, weights.__getitem__, {"kind": "init"}, Path(tokenizer_dir))
+    write_checkpoint(Path(out_dir), hf_config, layout, weights.__getitem__, {"kind": "init"}, tokenizer_dir)
     total = sum(weight.numel() for weight in weights.values())
     print(f"{out_dir}: {config.n_layer} blocks, {total:,} random parameters (seed {seed}).")
     print(f"Next: litfreeze finetune full --checkpoint_dir {out_dir} --data text.txt")

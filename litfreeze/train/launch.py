@@ -23,7 +23,7 @@ def build_fabric(
         raise UsageError(f"--precision {name!r} is unknown. Choose from {', '.join(PRECISIONS)}.")
     try:
         fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=name)
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--accelerator {accelerator} --devices {devices} cannot be used here: {reason}") from None
     if fabric.device.type == "cpu" and name == "16-mixed":
