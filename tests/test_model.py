@@ -1,16 +1,19 @@
 """The model against transformers': the same config.json and weights give the same logits, in every family."""
 
+from copy import deepcopy
+
 import pytest
 import torch
-from families import BLOCK_SIZE, FAMILIES, keep_dtype, random_tokens, saved_model
+from families import BLOCK_SIZE, FAMILIES, llama_like, random_tokens, rope, saved_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.config import Config
 from litfreeze.generate.sample import generate_tokens
-from litfreeze.model import GPT, KVCache
+from litfreeze.model import GPT, KVCache, rotary_angles
 
 TOLERANCE = 1e-4  # largest difference between two logits, in fp32
 
@@ -31,7 +34,7 @@ seeds = st.integers(0, 2**16)
 
 def load(path, dtype=None):
     checkpoint = open_checkpoint(path)
-    return load_model(checkpoint, keep_dtype(checkpoint) if dtype is None else lambda _: dtype)
+    return load_model(checkpoint, checkpoint.dtype if dtype is None else lambda _: dtype)
 
 
 def largest_difference(a, b):
@@ -40,7 +43,7 @@ def largest_difference(a, b):
 
 
 @every_family
-@settings(max_examples=12)
+@settings(max_examples=20)
 @given(data=st.data(), seed=seeds, spelled_anew=st.booleans())
 @torch.no_grad()
 def test_logits_are_those_of_transformers(family, data, seed, spelled_anew):
@@ -48,6 +51,18 @@ def test_logits_are_those_of_transformers(family, data, seed, spelled_anew):
     tokens = random_tokens(fields["vocab_size"], batch=2, length=data.draw(st.integers(1, BLOCK_SIZE)), seed=seed)
     with saved_model(fields, seed, spelled_anew) as (path, reference):
         assert largest_difference(load(path)(tokens), reference(tokens).logits) < TOLERANCE
+
+
+@settings(max_examples=300)
+@given(fields=llama_like("llama", rope()))
+def test_positions_turn_by_the_angles_of_transformers(fields):
+    """The rotary part alone, so cheap that every corner of the stretching is drawn."""
+    config = AutoConfig.for_model(**deepcopy(fields))
+    positions = torch.arange(BLOCK_SIZE)
+    theirs = LlamaRotaryEmbedding(config)(torch.empty(0), positions[None])
+    ours = rotary_angles(Config.from_hf(fields).rope, positions, torch.float32)
+    for one, other in zip(ours, theirs, strict=True):
+        assert largest_difference(one, other[0]) < 1e-5
 
 
 @every_family

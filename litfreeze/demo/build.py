@@ -82,7 +82,7 @@ def build(sources: Path, work_dir: Path, seed: int = 1337) -> None:
 
 
 def measure(work_dir: Path, all_labels: Path) -> dict[str, list[Any]]:
-    """The runs behind the card, each over three seeds: what the first command does, and what it must be held against."""
+    """The runs behind the card, three seeds each: what the first command does, and what it is held against."""
     from litfreeze.data.args import DataArgs
     from litfreeze.demo import TRAIN_DEFAULTS
     from litfreeze.finetune.full import setup as finetune_full

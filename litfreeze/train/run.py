@@ -97,6 +97,8 @@ def run(fabric: Fabric, job: Job) -> Result:
         outcome = fit(fabric, model, optimizer, samples, schedule, job.train, job.eval, monitor, save, job.seed)
         exchange.after = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
         proof = save("final", outcome)
+        if fabric.is_global_zero and outcome.best_step == outcome.step:
+            shutil.rmtree(out_dir / "best", ignore_errors=True)  # an earlier one, and worse than the final
     finally:
         monitor.close()
     if fabric.is_global_zero:

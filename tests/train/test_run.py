@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.data.args import DataArgs
-from litfreeze.demo import MODEL_DIR, TRAIN_FILE
+from litfreeze.demo import MODEL_DIR, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.freeze.memory import PRECISIONS
@@ -133,10 +133,24 @@ def test_checkpoints_along_the_way(tmp_path):
     train = replace(FEW, max_steps=7, save_interval=2, keep_last=2)
     result = run(tmp_path / "run", train, replace(QUICK, interval=2), trainable_layers="11")
     kept = sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir() and p.name != "tensorboard")
-    assert kept == ["best", "final", "step-000004", "step-000006"]
+    improving = result.outcome.best_step == 7  # then the final one is the best, and no worse one goes by that name
+    assert kept == ([] if improving else ["best"]) + ["final", "step-000004", "step-000006"]
     steps = {name: open_checkpoint(tmp_path / "run" / name).manifest["training"]["step"] for name in kept}
-    best = result.outcome.best_step if result.outcome.best_step != 7 else 6  # the final one is not saved twice
-    assert steps == {"best": best, "final": 7, "step-000004": 4, "step-000006": 6}
+    assert steps.pop("best", result.outcome.best_step) == result.outcome.best_step
+    assert steps == {"final": 7, "step-000004": 4, "step-000006": 6}
+
+
+def test_the_best_is_kept_when_the_last_is_worse(tmp_path):
+    wrong = [json.loads(line) for line in TRAIN_FILE.read_text(encoding="utf-8").splitlines()[:8]]
+    answers = [record["completion"] for record in wrong]
+    records = [{**r, "completion": answer} for r, answer in zip(wrong, answers[1:] + answers[:1], strict=True)]
+    (tmp_path / "wrong.jsonl").write_text("\n".join(map(json.dumps, records)))
+    data = DataArgs(path=tmp_path / "wrong.jsonl", val_path=VAL_FILE)
+    train = replace(FEW, lr=2e-3, max_steps=40)
+    result = run(tmp_path / "run", train, replace(QUICK, interval=4), data=data, trainable_layers="10,11")
+    assert 0 < result.outcome.best_step < 40
+    best = open_checkpoint(tmp_path / "run/best").manifest["training"]
+    assert best["step"] == result.outcome.best_step and best["after"]["loss"] == result.outcome.best_loss
 
 
 def test_it_stops_early_when_validation_gets_worse(tmp_path):
