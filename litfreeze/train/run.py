@@ -65,6 +65,8 @@ class Result:
 
 def run(fabric: Fabric, job: Job) -> Result:
     """The run, on one of `fabric`'s processes. Raises UsageError before training starts, RunError after."""
+    if job.out_dir is not None and _used(job.out_dir):
+        raise UsageError(f"--out_dir {job.out_dir} already holds something. Choose another, or move it away.")
     fabric.seed_everything(job.seed, workers=False, verbose=False)
     tokenizer = job.checkpoint.tokenizer()
     prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
@@ -72,7 +74,7 @@ def run(fabric: Fabric, job: Job) -> Result:
     prompted = any(len(sample.prompt_tokens) for sample in samples.train)  # plain text has no prompt
     saved_prompt = prompt.to_dict() if prompted else job.checkpoint.prompt
     schedule = Schedule.plan(len(samples.train), job.train, job.eval)
-    out_dir = fabric.broadcast(claim(job.out_dir, job.method) if fabric.is_global_zero else None)
+    out_dir = fabric.broadcast(_claim(job.out_dir, job.method) if fabric.is_global_zero else None)
 
     report = Report(job.checkpoint, job.plan, job.precision, job.train, samples, schedule, fabric.device, job.recipe)
     monitor = Monitor(out_dir, schedule.max_steps, job.train.log_interval, fabric.global_rank)
@@ -129,18 +131,22 @@ def _load_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
     return samples
 
 
-def claim(out_dir: Optional[Path], method: str) -> Path:
-    """A directory of this run's own: the one asked for, which must be new or empty, or the next free default."""
-    if out_dir is None:
-        default, n = Path("out/finetune") / method, 1
-        out_dir = default
-        while out_dir.exists():
-            n += 1
-            out_dir = default.with_name(f"{method}-{n}")
-    elif out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UsageError(f"--out_dir {out_dir} already holds something. Choose another, or move it away.")
-    out_dir.mkdir(parents=True, exist_ok=True)
+def _claim(out_dir: Optional[Path], method: str) -> Path:
+    """A directory of this run's own: the one asked for, or the next free default."""
+    number = 1
+    while out_dir is None:
+        default = Path("out/finetune") / (method if number == 1 else f"{method}-{number}")
+        out_dir, number = (None if _used(default) else default), number + 1
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out_dir {out_dir} cannot be made: {error.strerror}.") from None
     return out_dir
+
+
+def _used(path: Path) -> bool:
+    """It is there and not an empty directory."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def _manifest(job: Job, prompt: Optional[dict], schedule: Schedule, outcome: Outcome) -> dict[str, Any]:
