@@ -16,17 +16,7 @@ from litfreeze.errors import RunError
 from litfreeze.train.args import EvalArgs, TrainArgs, seconds
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.optim import lr_at, warmup_steps
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Over all validation records: mean loss per target token, share of targets hit greedily, share of records whose
-    response greedy decoding would write word for word."""
-
-    loss: float
-    accuracy: float
-    exact_match: float
-    targets: int
+from litfreeze.train.outcome import Outcome, Scores
 
 
 @dataclass(frozen=True)
@@ -50,20 +40,6 @@ class Schedule:
     @property
     def epochs(self) -> float:
         return self.max_steps / self.steps_per_epoch
-
-
-@dataclass
-class Outcome:
-    """What a run reached."""
-
-    step: int = 0
-    seconds: float = 0.0  # of training alone, without validating and saving
-    tokens: int = 0
-    before: Optional[Scores] = None
-    after: Optional[Scores] = None
-    best_loss: float = float("inf")
-    best_step: int = 0
-    stopped: str = ""  # why it ended before its last step
 
 
 def fit(

@@ -4,12 +4,11 @@ import csv
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from litfreeze.train.loop import Scores
+from litfreeze.train.outcome import Scores
 
 COLUMNS = (
     "step", "epoch", "lr", "train_loss", "grad_norm", "tokens", "tokens_per_second", "seconds",
@@ -58,12 +57,12 @@ class Monitor:
                 f"{speed:,.0f} tokens/s  {left} left"
             )
 
-    def validated(self, step: int, scores: "Scores") -> None:
+    def validated(self, step: int, scores: Scores) -> None:
         """A validation after `step` steps is done."""
         if not self.active:
             return
         self._record(step=step, val_loss=scores.loss, val_accuracy=scores.accuracy, val_exact_match=scores.exact_match)
-        self.say(f"step {step}: {describe(scores)}")
+        self.say(f"step {step}: {scores.describe()}")
 
     def say(self, text: str) -> None:
         """A line to the person, above the bar if there is one. On rank 0 only."""
@@ -95,14 +94,6 @@ class Monitor:
             for name, value in row.items():
                 if name != "step":
                     self.events.add_scalar(name, value, row["step"])
-
-
-def describe(scores: "Scores") -> str:
-    """'validation loss 0.1234, 93.1 % of responses right word for word (…)'."""
-    return (
-        f"validation loss {scores.loss:.4f}, exact match {100 * scores.exact_match:.1f} %, "
-        f"tokens right {100 * scores.accuracy:.1f} %"
-    )
 
 
 def _tensorboard(out_dir: Path):

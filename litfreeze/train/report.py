@@ -18,8 +18,8 @@ from litfreeze.freeze.memory import Precision, describe_memory, megabytes
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.args import TrainArgs
-from litfreeze.train.loop import Outcome, Schedule
-from litfreeze.train.monitor import describe
+from litfreeze.train.loop import Schedule
+from litfreeze.train.outcome import Outcome
 
 
 @dataclass
@@ -140,9 +140,9 @@ class Report:
     def _results(self, outcome: Outcome, proof: Proof) -> list[str]:
         lines = []
         if outcome.before:
-            lines.append(f"Before    {describe(outcome.before)}")
+            lines.append(f"Before    {outcome.before.describe()}")
         if outcome.after:
-            lines.append(f"After     {describe(outcome.after)}")
+            lines.append(f"After     {outcome.after.describe()}")
             if outcome.best_step not in (0, outcome.step):
                 lines.append(
                     f"Best      validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, kept in best/"

@@ -26,10 +26,11 @@ from litfreeze.generate.sample import generate_tokens
 from litfreeze.model import GPT
 from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.args import EvalArgs, TrainArgs
-from litfreeze.train.loop import Outcome, Schedule, fit
+from litfreeze.train.loop import Schedule, fit
 from litfreeze.train.loss import NextToken
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.optim import build_optimizer
+from litfreeze.train.outcome import Outcome
 from litfreeze.train.report import Exchange, Report
 
 Writer = Callable[[Path, GPT, Mapping[str, Any]], Proof]

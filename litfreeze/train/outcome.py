@@ -1,0 +1,36 @@
+"""What a run reached."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Over all validation records: mean loss per target token, share of targets hit greedily, share of records whose
+    response greedy decoding would write word for word."""
+
+    loss: float
+    accuracy: float
+    exact_match: float
+    targets: int
+
+    def describe(self) -> str:
+        """'validation loss 0.1234, exact match 93.1 %, tokens right 98.0 %'."""
+        return (
+            f"validation loss {self.loss:.4f}, exact match {100 * self.exact_match:.1f} %, "
+            f"tokens right {100 * self.accuracy:.1f} %"
+        )
+
+
+@dataclass
+class Outcome:
+    """What a run reached."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training alone, without validating and saving
+    tokens: int = 0
+    before: Optional[Scores] = None
+    after: Optional[Scores] = None
+    best_loss: float = float("inf")
+    best_step: int = 0
+    stopped: str = ""  # why it ended before its last step
