@@ -132,6 +132,12 @@ def test_a_config_means_what_transformers_takes_it_for_defaults_included(fields,
         assert config == Config.from_hf(as_transformers_writes(fields))
 
 
+def test_a_window_that_is_switched_on_without_a_size_has_transformers_size():
+    fields = {**json.loads(QWEN25_05B), "use_sliding_window": True, "max_window_layers": 20}
+    del fields["sliding_window"]
+    assert Config.from_hf(fields).windows == (None,) * 20 + (4096,) * 4
+
+
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 96,

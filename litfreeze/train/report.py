@@ -14,6 +14,7 @@ from litfreeze.checkpoint.tensors import write_text
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.config import DROPOUT
 from litfreeze.data.samples import IGNORE, Sample, Samples
+from litfreeze.demo import MODEL_DIR
 from litfreeze.freeze.memory import Precision, describe_memory, megabytes
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ class Report:
         dropout = [f"{name} {value}" for name in DROPOUT if (value := self.checkpoint.hf_config.get(name))]
         return "\n".join(
             [
-                f"Model     {self.checkpoint.path} ({config.n_layer} blocks, {self.plan.n_parameters:,} parameters)",
+                f"Model     {self._name()} ({config.n_layer} blocks, {self.plan.n_parameters:,} parameters)",
                 f"Data      {self.samples.describe().replace(chr(10), chr(10) + ' ' * 10)}",
                 f"          {f'Prompt style: {prompt_style}' if prompt_style else 'Plain text'}.",
                 f"Run       {schedule.max_steps} steps of {self.train.global_batch_size} samples "
@@ -107,7 +108,7 @@ class Report:
                 [
                     f"# {self.plan.summary()}",
                     "",
-                    f"Base: `{self.checkpoint.path}`. {self.samples.describe()}",
+                    f"Base: {self._name()}. {self.samples.describe()}",
                     "",
                     *[f"- {line}" for line in self._results(outcome, proof)],
                     "",
@@ -136,6 +137,9 @@ class Report:
                 ]
             ),
         )
+
+    def _name(self) -> str:
+        return "the embedded demo model" if self.checkpoint.path == MODEL_DIR else str(self.checkpoint.path)
 
     def _results(self, outcome: Outcome, proof: Proof) -> list[str]:
         lines = []
