@@ -53,6 +53,7 @@ def parse(words: Iterable[str], commands: Mapping[str, str]) -> tuple[Callable[.
         return show, {"text": version if words[0] == "--version" else help_of_commands(command, commands)}
     function = load(commands[command])
     parser = Parser(command, function)
+    refuse_unknown_variables(parser.options, commands)
     try:
         with redirect_stdout(StringIO()) as answer:
             values = parser.instantiate(parser.parse_args(one_word_each(words, parser.options), env=True))
@@ -157,6 +158,8 @@ class Parser(jsonargparse.ArgumentParser):
         name, _, text = str(error).removeprefix('Parser key "').partition('":')
         if "Unable to load config" in text:  # of a group: a value where a mapping belongs
             return str(unknown_option(name, self.options))
+        if missing := re.search(r"arguments are required: (.*)", str(error)):
+            return f"--{missing[1].replace(', ', ' and --')} must be given."
         given = re.search(r"(?:Got|Given) value: (.*)", text)
         if given is None or name not in self.options:
             return " ".join(str(error).replace("Parser key ", "").split())
@@ -168,6 +171,19 @@ class Parser(jsonargparse.ArgumentParser):
             " In a file, quotes make a value text: '-2:'." if value and {str, Path} & {hint, *get_args(hint)} else ""
         )
         return f"{where}: {value[:80]!r} is not {expected(hint)}.{near}{quotes}"
+
+
+def refuse_unknown_variables(options: Iterable[str], commands: Mapping[str, str]) -> None:
+    """A `LITFREEZE_…` in the environment that no command knows is a mistake; one of another command is not ours."""
+    given = {name for name in os.environ if name.startswith("LITFREEZE_") and name != "LITFREEZE_CONFIG"}
+    named = {name: name.removeprefix("LITFREEZE_").lower().replace("__", ".") for name in given}
+    if all(option in options for option in named.values()):
+        return
+    known = {option for spec in commands.values() for option in options_of(load(spec))}
+    for name, option in named.items():
+        if option not in known and not any(one.startswith(f"{option}.") for one in known):
+            near = did_you_mean(name, [f"LITFREEZE_{o.upper().replace('.', '__')}" for o in known])
+            raise UsageError(f"{name} in the environment names no option.{near}")
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:

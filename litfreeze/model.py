@@ -51,10 +51,9 @@ class GPT(nn.Module):
     def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The residual stream (B, T, C) below the first block."""
         x = self.embed(tokens)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed(positions)
-        # Under autocast the residual stream stays fp32 whatever dtype a frozen embedding is kept in
-        return x.float() if torch.is_autocast_enabled(x.device.type) else x
+        # Under autocast the residual stream is fp32 whatever dtype a frozen embedding is kept in
+        x = x.float() if torch.is_autocast_enabled(x.device.type) else x
+        return x if self.pos_embed is None else x + self.pos_embed(positions)
 
     def run_blocks(
         self,
@@ -257,7 +256,7 @@ def rotary_frequencies(rope: RoPE, device: torch.device) -> Tensor:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rope.n_elem - 1)
         high += 0.001 if low == high else 0
-        ramp = ((torch.arange(rope.n_elem // 2, device=device) - low) / (high - low)).clamp(0, 1)
+        ramp = ((torch.arange(rope.n_elem // 2, device=device, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
         return plain / rope.factor * ramp + plain * (1 - ramp)
     return plain
 

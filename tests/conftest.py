@@ -45,9 +45,9 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The real SmolLM2-135M-Instruct as a Hugging Face directory: from $LITFREEZE_TEST_SMOLLM2, or made once by
+    """The real SmolLM2-135M-Instruct as a Hugging Face directory: from $SMOLLM2_DIR, or made once by
     ../shared/models/get_smollm2.py and kept in ~/.cache."""
-    ready = os.environ.get("LITFREEZE_TEST_SMOLLM2")
+    ready = os.environ.get("SMOLLM2_DIR")
     if ready:
         return Path(ready)
     cached = Path.home() / ".cache" / "litfreeze-tests" / "smollm2"

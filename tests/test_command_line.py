@@ -191,7 +191,7 @@ def refused(capsys, *words):
         ("--train 3", "train is a group of options, not one: set train.lr, "),
         ("--train.lr fast", "train.lr: 'fast' is not a number."),
         ("--train.lr .nan", "train.lr: '.nan' is not a number."),
-        ("--train.lr -1e-4", "--train.lr -0.0001 must be above 0."),
+        ("--train.lr -1e-4", "--train.lr -0.0001 must be a number above 0."),
         ("--seed 1.5", "seed: '1.5' is not a whole number."),
         ("--seed 1:30", "seed: '1:30' is not a whole number."),  # YAML 1.1 would say 90
         ("--seed null", "is not a whole number."),
@@ -228,7 +228,7 @@ def test_mistakes_on_the_line(capsys, words, says):
         ("\nlayers: 1\n", "unknown option 'layers'. Did you mean 'trainable_layers'?"),
         ("train:\n  lrr: 1\n", "unknown option 'train.lrr'. Did you mean 'train.lr'?"),
         ("train: {lr: fast}\n", "train.lr: 'fast' is not a number."),
-        ("train: {lr: -1}\n", "--train.lr -1.0 must be above 0."),
+        ("train: {lr: -1}\n", "--train.lr -1.0 must be a number above 0."),
         ("data:\n  format: alpacca\n", "not one of auto, alpaca, chat, completion, text. Did you mean 'alpaca'?"),
         ("seed: null\n", "seed: null is not a whole number."),
         ("seed: [1]\n", "seed: '[1]' is not a whole number."),
@@ -271,7 +271,7 @@ def test_a_bad_variable(capsys, monkeypatch):
         (["full"], "unknown command 'full'. Did you mean 'finetune full'?"),
         (["xyzzy"], "unknown command 'xyzzy'. Commands: finetune full, "),
         (["finetune", "--seed", "1"], "--seed stands before the command. Write 'litfreeze finetune full --seed ...'."),
-        (["convert", "from_hf"], "required: checkpoint_dir, out_dir"),
+        (["convert", "from_hf"], "--checkpoint_dir and --out_dir must be given"),
     ],
 )
 def test_mistaken_commands(capsys, words, says):

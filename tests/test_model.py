@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
-from litfreeze.config import Config
+from litfreeze.config import Config, RoPE
 from litfreeze.generate.sample import generate_tokens
-from litfreeze.model import GPT, KVCache, rotary_angles
+from litfreeze.model import GPT, KVCache, rotary_angles, rotary_frequencies
 
 TOLERANCE = 1e-4  # largest difference between two logits, in fp32
 
@@ -175,3 +175,14 @@ def test_smollm2_has_the_logits_and_the_answer_of_transformers(smollm2):
     assert len(theirs) == 64, "the answer should be longer than what is compared"
     assert list(generate_tokens(model, prompt, max_new_tokens=64)) == theirs
     assert "Loire" in tokenizer.decode(theirs)
+
+
+def test_frequencies_do_not_depend_on_the_default_dtype():
+    """Fabric makes bf16 the default while a bf16-true forward runs."""
+    rope = RoPE(16, 10000.0, "yarn", 4.0, 16)
+    expected = rotary_frequencies(rope, torch.device("cpu"))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(rotary_frequencies(rope, torch.device("cpu")), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

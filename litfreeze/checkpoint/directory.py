@@ -83,10 +83,14 @@ class Checkpoint:
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Opens a litfreeze or a Hugging Face directory and checks that its tensors are those its config asks for.
 
-    Reads headers only. Raises UsageError naming the file and what is wrong with it."""
+    Reads headers only (and a tied head that is stored all the same). Raises UsageError naming the file and what is
+    wrong with it."""
     path = Path(path)
     if not path.is_dir():
-        raise UsageError(f"{path} is no directory. --checkpoint_dir takes a litfreeze or a Hugging Face directory.")
+        raise UsageError(
+            f"{path} is no directory here. --checkpoint_dir takes a local litfreeze or Hugging Face directory; "
+            "nothing is downloaded."
+        )
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} has no config.json, so it is no checkpoint.{_nearby(path)}")
     hf_config = read_json(path / "config.json")
@@ -126,13 +130,14 @@ def _check_shapes(stored: TensorDirectory, shapes: Mapping[str, tuple[int, ...]]
 def load_model(checkpoint: Checkpoint, dtype: Callable[[str], torch.dtype]) -> GPT:
     """The model with its weights, `dtype(name)` telling each one's dtype.
 
-    Where that is the stored dtype the weight stays backed by its file: it costs no memory until it is used, and can
-    be dropped and read again. Changing it in memory never changes the file."""
+    Where that is the stored dtype and the tensor is stored as it is used, it stays backed by its file: it costs no
+    memory until it is used, and can be dropped and read again. Changing it in memory never changes the file."""
     with torch.device("meta"):
         model = GPT(checkpoint.config)
     for name in list(dict(model.named_parameters())):
         owner, _, attribute = name.rpartition(".")
-        weight = checkpoint.read(name).to(dtype(name))
+        # A weight cut out of a fused one is a view with strides of its own, which fused optimizers do not honour
+        weight = checkpoint.read(name).to(dtype(name)).contiguous()
         setattr(model.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
     if checkpoint.config.tie_embeddings:
         model.head.weight = model.embed.weight

@@ -45,6 +45,8 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.unpickled: dict[str, Tensor] = {}  # of a .bin: mapped, and what was read of it
+        self.touched = 0
         if not path.is_file():
             raise UsageError(f"{path} does not exist.")
         try:
@@ -57,7 +59,11 @@ class TensorFile:
         if self.path.suffix == ".safetensors":
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name)
-        return self._unpickle()[name]
+        # Unpickling takes a while, so it serves several tensors; what they read stays in memory until the next time
+        if not self.unpickled or self.touched > PIECE:
+            self.unpickled, self.touched = self._unpickle(), 0
+        self.touched += nbytes(*self.layout[name])
+        return self.unpickled[name]
 
     def _safetensors_layout(self) -> Layout:
         with safe_open(self.path, framework="pt") as file:
@@ -169,7 +175,7 @@ def write_tensors(
         _write_shard(file, {name: layout[name] for name in names}, read, hashes)
         weight_map |= dict.fromkeys(names, file.name)
     if len(shards) > 1:
-        total = sum(_nbytes(*entry) for entry in layout.values())
+        total = sum(nbytes(*entry) for entry in layout.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(directory / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return hashes
@@ -179,16 +185,15 @@ def _shards(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in layout.items():
-        nbytes = _nbytes(*entry)
-        if shards[-1] and size + nbytes > max_shard_bytes:
+        if shards[-1] and size + nbytes(*entry) > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += nbytes
+        size += nbytes(*entry)
     return shards
 
 
-def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return dtype.itemsize * torch.Size(shape).numel()
 
 
@@ -197,7 +202,7 @@ def _write_shard(file: Path, layout: Layout, read: Callable[[str], Tensor], hash
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in layout.items():
-        end = offset + _nbytes(dtype, shape)
+        end = offset + nbytes(dtype, shape)
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()

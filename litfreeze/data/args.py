@@ -18,11 +18,12 @@ class DataArgs:
             By default what the checkpoint was trained with, else its chat template, else alpaca.
         prompt_args: Variables for the chat template, such as {"enable_thinking": false}. Saved with the checkpoint.
         mask_prompt: Learn from the responses only; false learns from every token.
-        max_seq_length: Longest sample in tokens; by default what the model can take.
+        max_seq_length: Longest sample in tokens; by default 1024, or what the model can take if that is less.
         overlong: A longer record is cut at its end, or dropped. Both are counted. Plain text is cut into windows.
         bad_records: A record that cannot be read stops the run, or is skipped and counted.
         val_path: Validation records from a file or folder of their own, in place of a split.
-        val_split_fraction: Share of the records kept for validation; 0 trains on all of them, without validation.
+        val_split_fraction: Share of the records kept for validation, 0.1 unless said or `val_path` is given; 0 trains
+            on all of them, without validation.
         seed: Fixes the split.
     """
 
@@ -35,5 +36,5 @@ class DataArgs:
     overlong: Literal["cut", "drop"] = "cut"
     bad_records: Literal["stop", "skip"] = "stop"
     val_path: Optional[Path] = None
-    val_split_fraction: float = 0.1
+    val_split_fraction: Optional[float] = None
     seed: int = 42

@@ -49,6 +49,10 @@ _KEYS = {
 }
 
 
+_SINGLE = ("messages", "conversations", "system", "instruction", "input", "output", "history", "text")
+USED_KEYS = frozenset(_SINGLE).union(*_PAIRS)
+
+
 def _chat(fields: Mapping[str, Any]) -> list[Message] | None:
     if "messages" in fields:
         return _turns(fields, "messages", "role", "content")

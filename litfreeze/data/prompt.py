@@ -76,12 +76,8 @@ class Prompt:
         return cls(style, tokenizer, {**kept, **(arguments or {})})
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it; `from_dict` reads it again."""
+        """What a checkpoint keeps of it; `choose` takes it as `saved`."""
         return {"style": self.style, "arguments": self.arguments}
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any], tokenizer: Tokenizer) -> "Prompt":
-        return cls(saved.get("style"), tokenizer, dict(saved.get("arguments", {})))
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """The text of a conversation up to its last response, cut into what is given and what is learned.

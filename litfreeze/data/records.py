@@ -103,7 +103,11 @@ def _read_jsonl(text: str, path: Path) -> Iterator[Record]:
         try:
             yield _record(json.loads(line), source)
         except (ValueError, RecursionError) as error:
-            told = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            told = (
+                f"{error.msg.removesuffix(' at')} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else str(error)
+            )
             yield Record(source=source, problem=f"is not valid JSON: {told}")
 
 

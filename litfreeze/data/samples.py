@@ -4,20 +4,21 @@ What happens to a record that cannot teach is decided here, and counted in `Coun
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
 
 from litfreeze.data.args import DataArgs
-from litfreeze.data.formats import Message, to_conversation
+from litfreeze.data.formats import USED_KEYS, Message, to_conversation
 from litfreeze.data.prompt import Prompt, Segment
 from litfreeze.data.records import read_records
 from litfreeze.errors import UsageError
 from litfreeze.tokenizer import Tokenizer
 
 IGNORE = -100  # the label of a token that is not learned
+VAL_SPLIT = 0.1  # share of the records kept for validation unless said
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,7 @@ class Counts:
         cut: Longer than `max_seq_length`, cut at the end.
         dropped: Longer than `max_seq_length`, left out.
         untargeted: Left out, nothing to learn being left (in a cut sample, say).
+        unused_keys: Keys of records that no format looks at, such as a label beside a text.
         samples: What remains. Plain text becomes windows, so that this is not the rest of a subtraction.
     """
 
@@ -70,6 +72,7 @@ class Counts:
     dropped: int = 0
     untargeted: int = 0
     samples: int = 0
+    unused_keys: set[str] = field(default_factory=set)
 
     def describe(self) -> str:
         told = {
@@ -80,7 +83,8 @@ class Counts:
             "with nothing to learn (left out)": self.untargeted,
         }
         odd = "".join(f", {count:,} {what}" for what, count in told.items() if count)
-        return f"{_plural(self.read, 'record')}{odd}"
+        unused = ", ".join(sorted(self.unused_keys)[:6])
+        return f"{_plural(self.read, 'record')}{odd}{f' (not used of them: {unused})' if unused else ''}"
 
 
 @dataclass
@@ -90,24 +94,27 @@ class Samples:
     Attributes:
         counts: Of the training data, before a part of it was split off.
         val_counts: Of validation data from files of their own, else None.
+        val_unused: Validation samples left out to save time.
     """
 
     train: list[Sample]
     val: list[Sample]
     counts: Counts
     val_counts: Counts | None = None
+    val_unused: int = 0
 
     def describe(self) -> str:
         """Two lines for a person: what was read, and what it became."""
         read = self.counts.describe()
         if self.val_counts is not None:
             read += f"; validation: {self.val_counts.describe()}"
+        unused = f" ({self.val_unused:,} more are not used: --eval.max_samples)" if self.val_unused else ""
         tokens = sum(len(sample.tokens) for sample in self.train)
         learned = sum(int((sample.labels[1:] != IGNORE).sum()) for sample in self.train)
         return (
             f"Read {read}.\n"
             f"{_plural(len(self.train), 'sample')} for training ({_plural(tokens, 'token')}, {learned:,} of them "
-            f"learned), {len(self.val):,} for validation."
+            f"learned), {len(self.val):,} for validation{unused}."
         )
 
 
@@ -128,22 +135,26 @@ def load_samples(args: DataArgs, tokenizer: Tokenizer, prompt: Prompt, max_seq_l
         raise UsageError("No data was given; name a file or folder with --data.")
     if max_seq_length < 2:
         raise UsageError(f"--data.max_seq_length is {max_seq_length}; a sample needs at least 2 tokens.")
-    if not 0 <= args.val_split_fraction < 1:
-        raise UsageError(f"--data.val_split_fraction is {args.val_split_fraction}; it should be from 0 to below 1.")
+    fraction = VAL_SPLIT if args.val_split_fraction is None else args.val_split_fraction
+    if not 0 <= fraction < 1:
+        raise UsageError(f"--data.val_split_fraction is {fraction}; it should be from 0 to below 1.")
+    if args.val_path is not None and args.val_split_fraction is not None:
+        raise UsageError("--data.val_path and --data.val_split_fraction both choose validation records; keep one.")
     samples, counts = _read_samples(args.path, args, tokenizer, prompt, max_seq_length)
     if args.val_path is not None:
         val, val_counts = _read_samples(args.val_path, args, tokenizer, prompt, max_seq_length)
         return Samples(samples, val, counts, val_counts)
-    if args.val_split_fraction == 0:
+    if fraction == 0:
         return Samples(samples, [], counts)
     if len(samples) == 1:
         raise UsageError(
             f"{args.path} gives a single sample, which cannot be split into training and validation; "
-            "use --data.val_path, or --data.val_split_fraction 0 to train without validation."
+            "use --data.val_path, --data.val_split_fraction 0 to train without validation, or (for plain text) "
+            "a smaller --data.max_seq_length."
         )
     order = list(range(len(samples)))
     random.Random(args.seed).shuffle(order)
-    n_val = min(max(round(len(samples) * args.val_split_fraction), 1), len(samples) - 1)
+    n_val = min(max(round(len(samples) * fraction), 1), len(samples) - 1)
     kept = set(order[:n_val])
     train = [sample for i, sample in enumerate(samples) if i not in kept]
     return Samples(train, [samples[i] for i in sorted(kept)], counts)
@@ -162,6 +173,7 @@ def _read_samples(
             if record.problem:
                 raise UsageError(record.problem)
             conversation = to_conversation(record.fields, args.format)
+            counts.unused_keys |= set(record.fields) - USED_KEYS
             if not all(text.strip() for text in _responses(conversation)):
                 counts.empty += 1
             elif isinstance(conversation, str):

@@ -63,7 +63,7 @@ def setup(
     from litfreeze.checkpoint.trained import write_trained
     from litfreeze.finetune.setting import open_base, recipe_yaml, with_demo_defaults
     from litfreeze.freeze.words import plan_from_words
-    from litfreeze.train.launch import build_fabric, launch
+    from litfreeze.launch import build_fabric, launch
     from litfreeze.train.run import Job, run
 
     base = open_base(checkpoint_dir, untie_embeddings)
@@ -84,6 +84,6 @@ def setup(
         dtype = getattr(torch, save_dtype) if save_dtype else None
         return write_trained(directory, base, model, plan, dtype, manifest)
 
-    recipe = recipe_yaml({**options, "data": data, "train": train, "precision": kept.name})
+    recipe = recipe_yaml(setup, {**options, "train": train, "precision": kept.name})
     job = Job("full", base, plan, writer, kept, data, train, eval, out_dir, seed, recipe)
     return launch(fabric, run, job)

@@ -6,7 +6,8 @@ One grammar for the command line, YAML (list, int, string) and Python. No heavy 
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Union
+from operator import index
+from typing import SupportsIndex, Union
 
 from litfreeze.errors import UsageError, did_you_mean
 
@@ -49,23 +50,24 @@ def format_layers(ids: Iterable[int]) -> str:
 
 
 def _parts(spec: Spec, n_layer: int) -> list[str]:
-    if isinstance(spec, bool) or spec is None or isinstance(spec, (float, dict, bytes)):
+    single = isinstance(spec, (str, SupportsIndex)) and not getattr(spec, "shape", ())  # an array is a list
+    if not single and (not isinstance(spec, Iterable) or isinstance(spec, (dict, bytes))):
         raise UsageError(f"--trainable_layers takes {GRAMMAR}, not {spec!r}.")
-    items = [spec] if isinstance(spec, (int, str)) else list(spec)
+    items = [spec] if single else list(spec)
     if not items:
         raise UsageError("--trainable_layers is an empty list. Say none to train no block.")
     parts: list[str] = []
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, (int, str)):
+        if isinstance(item, bool) or not isinstance(item, (str, SupportsIndex)):
             raise UsageError(f"--trainable_layers takes ids and ranges, not {item!r}. Examples: {GRAMMAR}.")
-        parts += [part.strip() for part in str(item).split(",")]
+        parts += [part.strip() for part in (item if isinstance(item, str) else str(index(item))).split(",")]
     if "" in parts:
         raise UsageError(f"--trainable_layers {_show(spec)} has an empty part. Examples: {GRAMMAR}.")
     return parts
 
 
 def _show(spec: Spec) -> str:
-    return repr(spec if isinstance(spec, (int, str)) else list(spec))
+    return repr(spec if isinstance(spec, (str, int)) else list(spec))
 
 
 def _parse_part(part: str, n_layer: int) -> Iterable[int]:

@@ -2,33 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
+from litfreeze.freeze.plan import FreezePlan
+from litfreeze.precision import Precision
 
-from litfreeze.freeze.plan import FreezePlan, block_of
-
-
-@dataclass(frozen=True)
-class Precision:
-    """What the weights are kept in while training. Under *-mixed only what trains has an fp32 master."""
-
-    name: str  # Fabric's word
-    trained: torch.dtype
-    frozen: torch.dtype
-    compute: torch.dtype
-
-    def kept(self, trained: bool) -> torch.dtype:
-        return self.trained if trained else self.frozen
-
-
-PRECISIONS = {
-    p.name: p
-    for p in (
-        Precision("32-true", torch.float32, torch.float32, torch.float32),
-        Precision("bf16-true", torch.bfloat16, torch.bfloat16, torch.bfloat16),
-        Precision("bf16-mixed", torch.float32, torch.bfloat16, torch.bfloat16),
-        Precision("16-mixed", torch.float32, torch.float16, torch.float16),
-    )
-}
+ROWS = 1024  # rows of logits that the loss makes at once
 
 
 @dataclass(frozen=True)
@@ -48,32 +25,37 @@ class Memory:
 def estimate_memory(plan: FreezePlan, precision: Precision, batch_tokens: int, target_tokens: int) -> Memory:
     """An estimate for AdamW and micro-batches of `batch_tokens` tokens, `target_tokens` of them with a loss.
 
-    Activations are what autograd keeps: nothing below the lowest trained block, and the input of a linear layer only
-    where its weight trains."""
+    Activations are what autograd keeps: nothing below the lowest trained block, the input of a linear layer only where
+    its weight trains, the logits of `ROWS` targets at a time, and under mixed precision the masters' low-precision
+    casts."""
     trained = plan.n_trained
     frozen = plan.n_parameters - trained
+    activations = batch_tokens * sum(_per_token(plan, precision, i) for i in range(max(plan.lowest, 0), plan.n_layer))
+    activations += 2 * min(target_tokens, ROWS) * plan.config.vocab_size * 4
+    activations += trained * precision.compute.itemsize * (precision.compute != precision.trained)
     return Memory(
         weights=trained * precision.trained.itemsize + frozen * precision.frozen.itemsize,
         gradients=trained * precision.trained.itemsize,
         optimizer=2 * trained * precision.trained.itemsize,
-        activations=_activations(plan, precision, batch_tokens, target_tokens),
+        activations=activations,
     )
 
 
-def _activations(plan: FreezePlan, precision: Precision, batch_tokens: int, target_tokens: int) -> int:
+def _per_token(plan: FreezePlan, precision: Precision, i: int) -> int:
+    """Bytes that autograd keeps of each token in block `i`."""
     config = plan.config
-    C, I = config.n_embd, config.intermediate_size  # noqa: E741
-    heads = (config.n_head + config.n_query_groups) * config.head_size
-    per_token = 0
-    for i in range(max(plan.lowest, 0), config.n_layer):
-        names = {n.split(".", 2)[2] for n in plan.trained if block_of(n) == i}
-        per_token += 4 * C + 2 * heads  # the two norms; q, k, v and what attention gives
-        per_token += 3 * I if config.mlp == "gated" else I  # what the activation and the product need
-        per_token += C * any(n.startswith(("attn.q_", "attn.k_", "attn.v_")) for n in names)
-        per_token += C * any(n.startswith(("mlp.gate_", "mlp.up_")) for n in names)
-        per_token += I * ("mlp.down_proj.weight" in names)
-    logits = 2 * target_tokens * config.vocab_size * 4
-    return batch_tokens * per_token * precision.compute.itemsize + logits
+    width, wide = config.n_embd, config.intermediate_size
+    trained = plan.trained_in_block(i)
+
+    def trains(*modules: str) -> bool:
+        return any(f".{module}.weight" in name for name in trained for module in modules)
+
+    stream = 4 * width  # what enters and leaves the two norms, in the residual stream's dtype
+    inside = 2 * (config.n_head + config.n_query_groups) * config.head_size  # q, k, v and what attention gives
+    inside += 3 * wide if config.mlp == "gated" else wide  # what the activation and the product need
+    inside += width * (trains("q_proj", "k_proj", "v_proj") + trains("gate_proj", "up_proj"))
+    inside += wide * trains("down_proj")
+    return stream * precision.stream.itemsize + inside * precision.compute.itemsize
 
 
 def describe_memory(plan: FreezePlan, precision: Precision, batch_tokens: int, target_tokens: int) -> str:

@@ -68,6 +68,8 @@ class FreezePlan:
                 raise RunError(f"{what} and the plan disagree on {len(wrong)} tensors, such as {min(wrong)}.")
         if len(held) != len(set(held)):
             raise RunError("The optimizer holds a tensor twice.")
+        if strided := [n for n, p in model.named_parameters() if n in self.trained and not p.is_contiguous()]:
+            raise RunError(f"{strided[0]} is not contiguous; fused optimizers would update the wrong elements.")
 
     def trained_in_block(self, i: int) -> list[str]:
         """The trained parameters of block `i`."""
@@ -85,6 +87,10 @@ class FreezePlan:
         if {"embed.weight", "pos_embed.weight"} & self.trained:
             return -1
         return min(self.layers, default=self.config.n_layer)
+
+    @property
+    def n_layer(self) -> int:
+        return self.config.n_layer
 
     @property
     def n_trained(self) -> int:

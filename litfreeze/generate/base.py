@@ -46,7 +46,8 @@ def setup(
     from litfreeze.errors import UsageError
     from litfreeze.generate.sample import Sampling, generate_tokens
     from litfreeze.generate.text import until
-    from litfreeze.train.launch import build_fabric, default_precision
+    from litfreeze.launch import build_fabric
+    from litfreeze.precision import default_precision
 
     if max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens {max_new_tokens} must be at least 1.")

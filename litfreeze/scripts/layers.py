@@ -40,9 +40,9 @@ def setup(
     """
     from litfreeze.errors import UsageError
     from litfreeze.finetune.setting import open_base
-    from litfreeze.freeze.memory import PRECISIONS, describe_memory
+    from litfreeze.freeze.memory import describe_memory
     from litfreeze.freeze.words import plan_from_words
-    from litfreeze.train.launch import default_precision
+    from litfreeze.precision import PRECISIONS, default_precision
 
     if micro_batch_size < 1 or max_seq_length < 1:
         raise UsageError("--micro_batch_size and --max_seq_length must be at least 1.")

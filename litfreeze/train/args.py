@@ -26,7 +26,7 @@ class TrainArgs:
         beta2: AdamW's second moment.
         max_norm: Clip the gradient of the chosen parameters to this norm; null for never.
         save_interval: Save a checkpoint every this many steps; by default only the best and the final one.
-        keep_last: How many of those interval checkpoints to keep.
+        keep_last: How many of those interval checkpoints to keep; by default 2.
         log_interval: Write a line of metrics every this many steps.
     """
 
@@ -44,7 +44,7 @@ class TrainArgs:
     beta2: float = 0.95
     max_norm: Optional[float] = 1.0
     save_interval: Optional[int] = None
-    keep_last: int = 2
+    keep_last: Optional[int] = None
     log_interval: int = 1
 
     def __post_init__(self) -> None:
@@ -54,6 +54,10 @@ class TrainArgs:
         _above_zero(self, "lr", "max_norm")
         if self.max_time is not None:
             seconds(self.max_time)
+        if self.keep_last is not None and self.save_interval is None:
+            raise UsageError("--train.keep_last needs --train.save_interval: there is nothing else to keep.")
+        if self.lr is not None and self.min_lr > self.lr:
+            raise UsageError(f"--train.min_lr {self.min_lr} is above --train.lr {self.lr}.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--train.{name} {getattr(self, name)} must be at least 0 and below 1.")
@@ -94,7 +98,7 @@ def _above_zero(args: Any, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"--{_group(args)}.{name} {value} must be above 0.")
+            raise UsageError(f"--{_group(args)}.{name} {value} must be a number above 0.")
 
 
 def _group(args: Any) -> str:

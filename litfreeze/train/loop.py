@@ -18,6 +18,8 @@ from litfreeze.train.monitor import Monitor
 from litfreeze.train.optim import lr_at, warmup_steps
 from litfreeze.train.outcome import Outcome, Scores
 
+LOWER_LR = "Lower --train.lr, or clip harder with --train.max_norm."
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -60,6 +62,7 @@ def fit(
     micro-batches and processes. `save(name, outcome)` writes a checkpoint. Raises RunError on a loss that is not
     finite."""
     outcome = Outcome()
+    began = time.perf_counter()
     measure = bool(samples.val)
     if measure and eval.initial_validation:
         outcome.before = outcome.after = validate(fabric, model, samples.val, train.micro_batch_size)
@@ -67,7 +70,6 @@ def fit(
         monitor.validated(0, outcome.before)
     limit = None if train.max_time is None else seconds(train.max_time)
     worse = 0  # validations in a row that did not beat the best
-    began = time.perf_counter()
     while outcome.step < schedule.max_steps and not outcome.stopped:
         epoch, within = divmod(outcome.step, schedule.steps_per_epoch)
         if within == 0:
@@ -96,6 +98,8 @@ def fit(
         if measure and (last or outcome.step % schedule.eval_interval == 0):
             outcome.after = validate(fabric, model, samples.val, train.micro_batch_size)
             monitor.validated(outcome.step, outcome.after)
+            if not math.isfinite(outcome.after.loss):
+                raise RunError(f"The validation loss became {outcome.after.loss} at step {outcome.step}. {LOWER_LR}")
             better = outcome.after.loss < outcome.best_loss
             worse = 0 if better else worse + 1
             if better:
@@ -106,6 +110,7 @@ def fit(
                 outcome.stopped = f"{worse} validations in a row did not beat {outcome.best_loss:.4f}"
         if train.save_interval and outcome.step % train.save_interval == 0 and not last:
             save(f"step-{outcome.step:06d}", outcome)
+    outcome.wall_seconds = time.perf_counter() - began
     return outcome
 
 
@@ -129,12 +134,14 @@ def _step(
             scored = model(fabric.to_device(batch.tokens), fabric.to_device(batch.targets))
             # DDP averages over processes, so each one's share is scaled up by their number
             fabric.backward(scored.loss * (fabric.world_size / targets))
-        total += scored.loss.detach().double().cpu()
+        total += scored.loss.detach().cpu().double()
     loss = (_sum(fabric, total) / targets).item()
     if not math.isfinite(loss):
         places = ", ".join(sample.source for sample in used[:4])
-        raise RunError(f"The loss became {loss}. Lower --train.lr, or look at the records of this step: {places} ….")
+        raise RunError(f"The loss became {loss}. {LOWER_LR} Or look at the records of this step: {places} ….")
     norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or float("inf"), error_if_nonfinite=False)
+    if not math.isfinite(norm) and fabric.strategy.precision.precision != "16-mixed":  # there the scaler skips the step
+        raise RunError(f"The gradient became {float(norm)} where the loss was {loss:.4f}. {LOWER_LR}")
     optimizer.step()
     optimizer.zero_grad()
     return loss, float(norm), int(tokens)
@@ -147,9 +154,10 @@ def validate(fabric: Fabric, model: nn.Module, samples: list[Sample], micro_batc
     sums = torch.zeros(5, dtype=torch.float64)
     for batch in val_batches(samples, micro_batch_size, fabric.global_rank, fabric.world_size):
         s = model(fabric.to_device(batch.tokens), fabric.to_device(batch.targets))
-        sums += torch.stack([v.double().cpu() for v in (s.loss, s.targets, s.right, s.exact, s.records)])
+        sums += torch.stack([v.cpu().double() for v in (s.loss, s.targets, s.right, s.exact, s.records)])
     loss, targets, right, exact, records = _sum(fabric, sums).tolist()
-    return Scores(loss / targets, right / targets, exact / records, int(targets))
+    answers = all(sample.labels[0] == IGNORE for sample in samples)  # a prompt comes first, and is not learned
+    return Scores(loss / targets, right / targets, exact / records if answers else None, int(targets))
 
 
 def _sum(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:

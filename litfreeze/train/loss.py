@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from litfreeze.data.samples import IGNORE
+from litfreeze.freeze.memory import ROWS
 from litfreeze.model import GPT
-
-ROWS = 1024  # rows of logits that exist at once
 
 
 class Scored(NamedTuple):
@@ -41,8 +40,9 @@ class NextToken(nn.Module):
         x = self.gpt.run_blocks(self.gpt.embed_tokens(tokens, positions), positions)  # (B, T, C)
         wanted = targets != IGNORE  # (B, T)
         rows, answers = x[wanted], targets[wanted]  # (N, C), (N,)
-        loss = x.sum() * 0.0 if len(rows) == 0 else torch.zeros((), device=x.device)
+        loss = torch.zeros((), device=x.device)
         hits = []
+        # Without targets there is one empty chunk, so that every parameter keeps its place in the graph
         for some, those in zip(rows.split(ROWS), answers.split(ROWS), strict=True):
             if torch.is_grad_enabled():
                 several = len(rows) > ROWS

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Optional
@@ -27,6 +28,7 @@ class Monitor:
         self.log_interval = log_interval
         self.line_interval = max(log_interval, -(-max_steps // 20))
         self.bar: Optional[tqdm] = None
+        self.has_bar = sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 20
         self.csv = self.events = None
         if self.active:
             self.csv = (out_dir / "metrics.csv").open("w", newline="", encoding="utf-8")
@@ -45,7 +47,7 @@ class Monitor:
                 step=step, epoch=epoch, lr=lr, train_loss=loss, grad_norm=grad_norm, tokens=tokens,
                 tokens_per_second=round(speed, 1), seconds=round(seconds, 3),
             )  # fmt: skip
-        if sys.stderr.isatty():
+        if self.has_bar:
             if self.bar is None:
                 self.bar = tqdm(total=self.max_steps, unit="step", dynamic_ncols=True, leave=False)
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
@@ -92,7 +94,7 @@ class Monitor:
         self.csv.flush()
         if self.events is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self.events.add_scalar(name, value, row["step"])
 
 

@@ -10,8 +10,9 @@ from litfreeze.freeze.plan import FreezePlan
 from litfreeze.train.args import TrainArgs
 
 
-def build_optimizer(model: nn.Module, plan: FreezePlan, train: TrainArgs) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the plan's parameters and no other; fused where torch has it.
+def build_optimizer(model: nn.Module, plan: FreezePlan, train: TrainArgs, scaled: bool = False) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the plan's parameters and no other; fused where torch has it,
+    but not under loss scaling (`scaled`): a fused step unscales by itself, and clipping needs them unscaled before.
 
     Matrices decay, norms and biases do not. The plan is checked against the model and the optimizer once more."""
     chosen = [parameter for name, parameter in model.named_parameters() if name in plan.trained]
@@ -19,7 +20,7 @@ def build_optimizer(model: nn.Module, plan: FreezePlan, train: TrainArgs) -> tor
         {"params": [p for p in chosen if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in chosen if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in chosen)
+    fused = not scaled and all(p.device.type in ("cpu", "cuda") for p in chosen)
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=fused)
     plan.check(model, optimizer)

@@ -7,19 +7,17 @@ from typing import Optional
 @dataclass(frozen=True)
 class Scores:
     """Over all validation records: mean loss per target token, share of targets hit greedily, share of records whose
-    response greedy decoding would write word for word."""
+    response greedy decoding would write word for word (None where not only responses are learned)."""
 
     loss: float
     accuracy: float
-    exact_match: float
+    exact_match: Optional[float]
     targets: int
 
     def describe(self) -> str:
         """'validation loss 0.1234, exact match 93.1 %, tokens right 98.0 %'."""
-        return (
-            f"validation loss {self.loss:.4f}, exact match {100 * self.exact_match:.1f} %, "
-            f"tokens right {100 * self.accuracy:.1f} %"
-        )
+        exact = "" if self.exact_match is None else f"exact match {100 * self.exact_match:.1f} %, "
+        return f"validation loss {self.loss:.4f}, {exact}tokens right {100 * self.accuracy:.1f} %"
 
 
 @dataclass
@@ -28,6 +26,7 @@ class Outcome:
 
     step: int = 0
     seconds: float = 0.0  # of training alone, without validating and saving
+    wall_seconds: float = 0.0  # of everything since the first validation
     tokens: int = 0
     before: Optional[Scores] = None
     after: Optional[Scores] = None

@@ -15,8 +15,9 @@ from litfreeze.checkpoint.trained import Proof
 from litfreeze.config import DROPOUT
 from litfreeze.data.samples import IGNORE, Sample, Samples
 from litfreeze.demo import MODEL_DIR
-from litfreeze.freeze.memory import Precision, describe_memory, megabytes
+from litfreeze.freeze.memory import describe_memory, megabytes
 from litfreeze.freeze.plan import FreezePlan
+from litfreeze.precision import Precision
 from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.args import TrainArgs
 from litfreeze.train.loop import Schedule
@@ -28,7 +29,8 @@ class Exchange:
     """One record, and what the model answered to it before and after training."""
 
     prompt_tokens: list[int]
-    prompt: str
+    prompt: str  # with its special tokens
+    question: str  # what a person would type to ask it again
     expected: str
     before: str = ""
     after: str = ""
@@ -36,11 +38,13 @@ class Exchange:
     @classmethod
     def first(cls, tokenizer: Tokenizer, samples: list[Sample]) -> "Exchange":
         """Of the first sample; of plain text, its first tokens are the prompt."""
-        sample = samples[0]
-        cut = len(sample.prompt_tokens) or min(16, len(sample.tokens) // 2)
-        expected = sample.response_tokens if len(sample.prompt_tokens) else sample.tokens[cut:]
+        sample = next((s for s in samples if len(s.response_tokens)), samples[0])
+        cut = min(len(sample.prompt_tokens), len(sample.tokens) - 1) or min(16, len(sample.tokens) // 2)
+        expected = sample.response_tokens if cut == len(sample.prompt_tokens) else sample.tokens[cut:]
         prompt = sample.tokens[:cut].tolist()
-        return cls(prompt, tokenizer.decode(prompt), tokenizer.decode(expected.tolist()))
+        lines = [line.strip() for line in tokenizer.decode(prompt).splitlines() if len(line.split()) > 1]
+        shown = tokenizer.decode(prompt, skip_special_tokens=False)
+        return cls(prompt, shown, lines[-1] if lines else "Hello", tokenizer.decode(expected.tolist()))
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Report:
                 f"Data      {self.samples.describe().replace(chr(10), chr(10) + ' ' * 10)}",
                 f"          {f'Prompt style: {prompt_style}' if prompt_style else 'Plain text'}.",
                 f"Run       {schedule.max_steps} steps of {self.train.global_batch_size} samples "
-                f"({schedule.epochs:.3g} epochs), lr {self.train.lr:g} {self.train.lr_schedule} "
+                f"(epochs: {schedule.epochs:.3g}), lr {self.train.lr:g} {self.train.lr_schedule} "
                 f"after {schedule.warmup} warmup steps, {self.precision.name} on {self.device.type}",
                 *([f"          Without dropout (config.json has {', '.join(dropout)})."] if dropout else []),
                 f"Trains    {self.plan.summary()}",
@@ -83,7 +87,7 @@ class Report:
     def closing(self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange) -> str:
         """What came of it, where it lies, and what to type next."""
         final = shlex.quote(str(out_dir / "final"))
-        question = shlex.quote(_last_line(exchange.prompt))
+        question = shlex.quote(exchange.question)
         lines = ["", *self._results(outcome, proof), "", *_dialogue(exchange), ""]
         if outcome.stopped:
             lines.append(f"Stopped early: {outcome.stopped}.")
@@ -153,7 +157,8 @@ class Report:
                 )
         lines.append(f"Frozen    {proof.describe()}")
         lines.append(
-            f"Speed     {outcome.step} steps in {outcome.seconds:.1f} s, "
+            f"Speed     {outcome.step} steps in {outcome.seconds:.1f} s "
+            f"({outcome.wall_seconds:.1f} s with validating and saving), "
             f"{outcome.tokens / max(outcome.seconds, 1e-9):,.0f} tokens/s, peak memory {peak_memory(self.device)}"
         )
         return lines
@@ -207,9 +212,3 @@ def _dialogue(exchange: Exchange) -> list[str]:
 def _shorten(text: str, width: int = 200) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _last_line(prompt: str) -> str:
-    """Something of the prompt that is worth typing again."""
-    lines = [line.strip() for line in prompt.splitlines() if len(line.split()) > 1]
-    return lines[-1] if lines else "Hello"

@@ -20,10 +20,10 @@ from litfreeze.data.prompt import Prompt
 from litfreeze.data.samples import Samples, load_samples
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.layers import format_layers
-from litfreeze.freeze.memory import Precision
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.generate.sample import generate_tokens
 from litfreeze.model import GPT
+from litfreeze.precision import Precision
 from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.args import EvalArgs, TrainArgs
 from litfreeze.train.loop import Schedule, fit
@@ -32,6 +32,8 @@ from litfreeze.train.monitor import Monitor
 from litfreeze.train.optim import build_optimizer
 from litfreeze.train.outcome import Outcome
 from litfreeze.train.report import Exchange, Report
+
+MAX_SEQ_LENGTH = 1024  # unless --data.max_seq_length says otherwise
 
 Writer = Callable[[Path, GPT, Mapping[str, Any]], Proof]
 """Saves `model` to a new directory with the manifest's fields, and compares it with what the run began from."""
@@ -67,7 +69,8 @@ class Result:
 def run(fabric: Fabric, job: Job) -> Result:
     """The run, on one of `fabric`'s processes. Raises UsageError before training starts, RunError after."""
     if job.out_dir is not None and _used(job.out_dir):
-        raise UsageError(f"--out_dir {job.out_dir} already holds something. Choose another, or move it away.")
+        what = "already holds something" if job.out_dir.is_dir() else "is a file"
+        raise UsageError(f"--out_dir {job.out_dir} {what}. Choose another, or move it away.")
     fabric.seed_everything(job.seed, workers=False, verbose=False)
     tokenizer = job.checkpoint.tokenizer()
     prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
@@ -84,14 +87,14 @@ def run(fabric: Fabric, job: Job) -> Result:
         gpt = load_model(job.checkpoint, lambda n: job.precision.kept(n in job.plan.trained))
         job.plan.apply(gpt)
         model = fabric.setup_module(NextToken(gpt))
-        optimizer = fabric.setup_optimizers(build_optimizer(gpt, job.plan, job.train))
+        optimizer = fabric.setup_optimizers(build_optimizer(gpt, job.plan, job.train, job.precision.name == "16-mixed"))
 
         def save(name: str, outcome: Outcome) -> Optional[Proof]:
             proof = None
             if fabric.is_global_zero:
                 manifest = _manifest(job, saved_prompt, schedule, outcome)
                 proof = _write(job.writer, out_dir / name, gpt, manifest)
-                _keep_last(out_dir, job.train.keep_last)
+                _keep_last(out_dir, job.train.keep_last or 2)
             return fabric.broadcast(proof)
 
         exchange = Exchange.first(tokenizer, samples.val or samples.train)
@@ -102,6 +105,10 @@ def run(fabric: Fabric, job: Job) -> Result:
         proof = save("final", outcome)
         if fabric.is_global_zero and outcome.best_step == outcome.step:
             shutil.rmtree(out_dir / "best", ignore_errors=True)  # an earlier one, and worse than the final
+    except KeyboardInterrupt:
+        kept = sorted(child.name for child in out_dir.iterdir() if (child / "litfreeze.json").is_file())
+        monitor.say(f"Stopped by hand. Kept in {out_dir}: {', '.join(kept) or 'no checkpoint yet'}.")
+        raise
     finally:
         monitor.close()
     if fabric.is_global_zero:
@@ -115,13 +122,16 @@ def run(fabric: Fabric, job: Job) -> Result:
 def _load_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
     """The samples, no longer than the model can take; validation at most `--eval.max_samples`, drawn once."""
     block_size = job.checkpoint.config.block_size
-    length = job.data.max_seq_length or block_size
+    length = job.data.max_seq_length or min(block_size, MAX_SEQ_LENGTH)
     if length > block_size:
         raise UsageError(f"--data.max_seq_length {length} is more than the {block_size} positions this model has.")
     samples = load_samples(job.data, tokenizer, prompt, length)
     most = job.eval.max_samples
     if most is not None and len(samples.val) > most:
-        samples = replace(samples, val=random.Random(job.data.seed).sample(samples.val, most))
+        drawn = random.Random(job.data.seed).sample(samples.val, most)
+        samples = replace(samples, val=drawn, val_unused=len(samples.val) - most)
+    if not samples.val and (job.eval.patience is not None or job.eval.interval is not None):
+        raise UsageError("--eval.patience and --eval.interval need validation records, and there are none.")
     top = max(int(sample.tokens.max()) for sample in samples.train + samples.val)
     known = job.checkpoint.config.vocab_size
     if top >= known:
@@ -146,8 +156,10 @@ def _claim(out_dir: Optional[Path], method: str) -> Path:
 
 
 def _used(path: Path) -> bool:
-    """It is there and not an empty directory."""
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+    """It is there and holds more than the logs of a run that ended before it saved anything."""
+    if not path.is_dir():
+        return path.exists()
+    return any(child.name not in ("metrics.csv", "tensorboard") for child in path.iterdir())
 
 
 def _manifest(job: Job, prompt: Optional[dict], schedule: Schedule, outcome: Outcome) -> dict[str, Any]:

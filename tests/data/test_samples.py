@@ -197,7 +197,7 @@ def test_the_split_is_seeded_and_whole(make_tokenizer, tmp_path_factory, n, frac
 
 def test_validation_from_a_file_of_its_own(load, tmp_path):
     (tmp_path / "val.jsonl").write_text('{"prompt": "q", "completion": "a"}\n{"text": ""}\n', encoding="utf-8")
-    samples = load(PAIRS, val_path=tmp_path / "val.jsonl", val_split_fraction=0.5)
+    samples = load(PAIRS, val_path=tmp_path / "val.jsonl", val_split_fraction=None)
     assert (len(samples.train), len(samples.val)) == (20, 1)
     assert (samples.val_counts.read, samples.val_counts.empty) == (2, 1)
     assert "validation: 2 records, 1 empty" in samples.describe()

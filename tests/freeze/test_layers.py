@@ -1,5 +1,6 @@
 """The layer grammar: what each word means, and that everything else is refused in one line."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +33,8 @@ ids = st.integers(0, DEPTH - 1)
         ([10, "11", "0-1"], [0, 1, 10, 11]),
         (range(3), [0, 1, 2]),
         ((4, 2), [2, 4]),
+        (np.int64(3), [3]),
+        (np.array([3, -1]), [3, 29]),
     ],
 )
 def test_what_a_spec_means(spec, expected):

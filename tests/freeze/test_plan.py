@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from litfreeze.config import PRESETS, Config
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.layers import format_layers
-from litfreeze.freeze.memory import PRECISIONS, estimate_memory
+from litfreeze.freeze.memory import estimate_memory
 from litfreeze.freeze.plan import block_of
 from litfreeze.freeze.words import plan_from_words
 from litfreeze.model import GPT
+from litfreeze.precision import PRECISIONS
 from litfreeze.train.args import TrainArgs
+from litfreeze.train.loss import NextToken
 from litfreeze.train.optim import build_optimizer
 
 TIED = Config.from_hf(PRESETS["demo"])
@@ -157,6 +159,33 @@ def test_memory_of_a_plan_follows_what_trains():
     assert small.activations < large.activations and small.total < large.total
     first = estimate_memory(plan_from_words(TIED, "0"), mixed, 1024, 1024)
     assert first.activations > small.activations  # backward has to reach the bottom
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("layers", ["10,11", "0-5", "all"])
+def test_activations_are_about_what_autograd_keeps(precision, layers):
+    kept = PRECISIONS[precision]
+    plan = plan_from_words(TIED, layers)
+    model = GPT(TIED)
+    model.init_weights(0)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(kept.kept(name in plan.trained))
+    plan.apply(model)
+    tokens = torch.arange(4 * 256).view(4, 256) % 1000
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), mixed:
+        loss = NextToken(model)(tokens, tokens).loss
+    estimate = estimate_memory(plan, kept, tokens.numel(), tokens.numel()).activations
+    assert estimate == pytest.approx(sum(seen.values()), rel=0.35), loss
 
 
 def test_requires_grad_is_the_plans_alone():

@@ -7,16 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE, VAL_FILE
-from litfreeze.errors import UsageError
+from litfreeze.errors import RunError, UsageError
 from litfreeze.finetune.full import setup as finetune_full
-from litfreeze.freeze.memory import PRECISIONS
 from litfreeze.freeze.words import plan_from_words
+from litfreeze.precision import PRECISIONS
 from litfreeze.train.args import EvalArgs, TrainArgs
+from litfreeze.train.loss import NextToken
+from litfreeze.train.optim import build_optimizer
 
 FEW = TrainArgs(lr=1e-3, max_steps=4, global_batch_size=8, micro_batch_size=4)
 QUICK = EvalArgs(max_samples=16, max_new_tokens=4)
@@ -49,7 +54,7 @@ def test_exactly_the_chosen_tensors_change_on_disk(tmp_path, precision):
 
 def test_a_run_without_words_trains_everything(tmp_path):
     result = run(tmp_path / "run")
-    assert result.proof.frozen == 0 and result.proof.trained == len(BASE) and result.proof.holds
+    assert result.proof.frozen == 0 and result.proof.trained == len(BASE) and not result.proof.trained_that_did_not
 
 
 def test_frozen_weights_exist_once_and_masters_only_for_what_trains():
@@ -160,6 +165,59 @@ def test_it_stops_early_when_validation_gets_worse(tmp_path):
     assert (tmp_path / "run/final").is_dir()
 
 
+def test_a_run_that_goes_wrong_fails_and_leaves_no_final(tmp_path):
+    with pytest.raises(RunError, match=r"became (nan|inf).*Lower --train\.lr"):
+        run(tmp_path / "run", replace(FEW, lr=1e30, max_steps=2), trainable_layers="11")
+    assert not (tmp_path / "run/final").exists()
+
+
+def test_a_fused_projection_trains_as_its_parts_do(tmp_path, tokenizer_dir):
+    """GPT-2 read from a Hugging Face directory, where q, k and v are views of one tensor, and its converted copy."""
+    from litfreeze.scripts.convert import from_hf
+
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_positions=64, n_embd=32, n_head=4, n_layer=2))
+    gpt2.save_pretrained(tmp_path / "hf")
+    for file in tokenizer_dir.iterdir():
+        (tmp_path / "hf" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "data.jsonl").write_text('{"prompt": "naïve", "completion": "café naïve"}\n' * 20, encoding="utf-8")
+    from_hf(tmp_path / "hf", tmp_path / "ours")
+    data = DataArgs(path=tmp_path / "data.jsonl", prompt_style="plain")
+    first, second = (
+        saved(run(tmp_path / f"run-{name}", checkpoint_dir=tmp_path / name, data=data, trainable_layers="1"))
+        for name in ("hf", "ours")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    moved = (
+        first["blocks.1.attn.q_proj.weight"]
+        != load_file(tmp_path / "ours/litfreeze.safetensors")["blocks.1.attn.q_proj.weight"]
+    )
+    assert moved.float().mean() > 0.99
+
+
+def test_loss_scaling_trains_and_clips():
+    """16-mixed, on the CPU by hand: its scaler must go together with clipping."""
+    checkpoint = open_checkpoint(MODEL_DIR)
+    plan = plan_from_words(checkpoint.config, "11")
+    kept = PRECISIONS["16-mixed"]
+    gpt = load_model(checkpoint, lambda n: kept.kept(n in plan.trained))
+    plan.apply(gpt)
+    fabric = Fabric(
+        accelerator="cpu",
+        plugins=MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0)),
+    )
+    model = fabric.setup_module(NextToken(gpt))
+    optimizer = fabric.setup_optimizers(build_optimizer(gpt, plan, replace(FEW, lr=1e-3), scaled=True))
+    before = gpt.blocks[11].mlp.up_proj.weight.clone()
+    tokens = torch.arange(20)[None] + 10
+    for _ in range(3):
+        fabric.backward(model(tokens, tokens.roll(-1, 1)).loss)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0, error_if_nonfinite=False)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(before, gpt.blocks[11].mlp.up_proj.weight)
+
+
 def test_it_stops_when_the_time_is_up(tmp_path):
     result = run(tmp_path / "run", replace(FEW, max_steps=100000, max_time="1s"), trainable_layers="11")
     assert 0 < result.outcome.step < 100000 and "max_time" in result.outcome.stopped
@@ -193,6 +251,8 @@ def test_a_used_out_dir_is_refused_and_the_default_is_always_new(tmp_path, monke
         ({"untie_embeddings": True, "trainable_layers": "1", "data": DataArgs(path="nowhere.json")}, "no data"),
         ({"data": DataArgs(max_seq_length=4096)}, "512 positions"),
         ({"train": TrainArgs(max_steps=3, lr_warmup_steps=4)}, "longer than the run"),
+        ({"data": DataArgs(val_split_fraction=0), "eval": EvalArgs(patience=2)}, "need validation records"),
+        ({"data": DataArgs(val_split_fraction=0.2, val_path=VAL_FILE)}, "keep one"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_written(tmp_path, words, told):

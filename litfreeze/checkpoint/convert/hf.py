@@ -200,7 +200,8 @@ class HFTensors(Mapping):
         for name in sorted(extra):
             file = self.stored.files[name].path
             if name in ("lm_head.weight", "embed_out.weight") and config.tie_embeddings:
-                if not torch.equal(self.stored[name], self["embed.weight"]):
+                embedding = self["embed.weight"]
+                if not torch.equal(self.stored[name].to(embedding.dtype), embedding):
                     raise UsageError(
                         f"{file}: config.json ties the head to the embedding, but {name} differs from it. "
                         'Set "tie_word_embeddings": false in config.json if the head is its own.'

@@ -9,7 +9,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from litfreeze.errors import UsageError
-from litfreeze.freeze.memory import PRECISIONS, Precision
+from litfreeze.precision import PRECISIONS, Precision, default_precision
 
 
 def build_fabric(
@@ -26,6 +26,8 @@ def build_fabric(
     except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--accelerator {accelerator} --devices {devices} cannot be used here: {reason}") from None
+    if fabric.device.type == "cpu" and fabric.world_size > (os.cpu_count() or 1) * num_nodes:
+        raise UsageError(f"--devices {devices}: this machine has {os.cpu_count()} processors.")
     if fabric.device.type == "cpu" and name == "16-mixed":
         raise UsageError(
             "--precision 16-mixed needs a GPU. On a CPU choose 32-true (fastest), bf16-mixed or bf16-true."
@@ -33,12 +35,6 @@ def build_fabric(
     if fabric.device.type == "cuda" and name.startswith("bf16") and not torch.cuda.is_bf16_supported():
         raise UsageError(f"--precision {name}: this GPU has no bfloat16. Choose 16-mixed or 32-true.")
     return fabric, PRECISIONS[name]
-
-
-def default_precision(accelerator: str) -> str:
-    """bf16-mixed on a GPU that has bfloat16, else 32-true."""
-    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def launch(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
