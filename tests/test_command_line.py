@@ -244,7 +244,7 @@ def test_mistakes_on_the_line(capsys, words, says):
 def test_mistakes_in_a_file(capsys, tmp_path, text, says):
     err = refused(capsys, "finetune", "full", config(tmp_path, text))
     assert says in err
-    assert str(tmp_path / "recipe.yaml") in err or "must be above" in err
+    assert str(tmp_path / "recipe.yaml") in err or "must be a number above" in err
 
 
 def test_a_file_that_is_not_text(capsys, tmp_path):

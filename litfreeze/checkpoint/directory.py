@@ -10,7 +10,7 @@ A plain Hugging Face directory is opened the same way; its tensors are renamed a
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from litfreeze import __version__
-from litfreeze.checkpoint.convert.hf import HFTensors
+from litfreeze.checkpoint.convert.hf import HFTensors, as_hf
 from litfreeze.checkpoint.tensors import Layout, TensorDirectory, whole_directory, write_tensors, write_text
 from litfreeze.config import Config, read_json
 from litfreeze.errors import UsageError
@@ -150,14 +150,14 @@ def write_checkpoint(
     layout: Layout,
     read: Callable[[str], Tensor],
     manifest: Mapping[str, Any],
-    tokenizer_from: Optional[Path],
+    tokenizer_from: Path,
 ) -> dict[str, Any]:
     """Writes a litfreeze directory that appears whole or not at all, and returns its manifest.
 
     `read(name)` gives each tensor of `layout` when its turn comes. `manifest` holds what the caller knows (kind, base,
     prompt, training); hashes and versions are added here. Raises UsageError if `out_dir` already holds something."""
     with whole_directory(Path(out_dir)) as aside:
-        hashes = write_tensors(aside, "litfreeze", layout, read)
+        hashes = _write_model(aside, "litfreeze", hf_config, layout, read, tokenizer_from)
         whole = {
             "format": FORMAT,
             "litfreeze": __version__,
@@ -165,21 +165,45 @@ def write_checkpoint(
             "weights_hash": weights_hash(layout, hashes),
             "tensors": hashes,
         }
-        write_text(aside / "config.json", json.dumps(hf_config, indent=2, ensure_ascii=False) + "\n")
         write_text(aside / MANIFEST, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
-        if tokenizer_from is not None:
-            copy_files(tokenizer_from, aside, TOKENIZER_FILES)
     return whole
+
+
+def write_hf(out_dir: Path, checkpoint: Checkpoint) -> int:
+    """Writes `checkpoint` as a Hugging Face directory, whole or not at all, and returns how many tensors it has.
+
+    Raises UsageError if it has no tokenizer or `out_dir` already holds something."""
+    checkpoint.tokenizer()
+    model_type = checkpoint.hf_config["model_type"]
+    layout, read = as_hf(checkpoint.config, model_type, checkpoint.layout(), checkpoint.read)
+    with whole_directory(Path(out_dir)) as aside:
+        _write_model(aside, "model", checkpoint.hf_config, layout, read, checkpoint.path)
+    return len(layout)
+
+
+def _write_model(
+    directory: Path,
+    stem: str,
+    hf_config: Mapping[str, Any],
+    layout: Layout,
+    read: Callable[[str], Tensor],
+    tokenizer_from: Path,
+) -> dict[str, str]:
+    """What both kinds of directory hold: weights, config and tokenizer. Returns the hashes of the weights."""
+    hashes = write_tensors(directory, stem, layout, read)
+    write_text(directory / "config.json", json.dumps(hf_config, indent=2, ensure_ascii=False) + "\n")
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, directory / name)
+    return hashes
+
+
+def stored_as(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """`hf_config` of weights in `dtype`: transformers 4 and 5 spell the field differently, and read either."""
+    return {**hf_config, "dtype" if "dtype" in hf_config else "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def weights_hash(layout: Layout, hashes: Mapping[str, str]) -> str:
     """One hash for all weights, whatever order or shards they are stored in."""
     lines = (f"{name} {layout[name][0]} {tuple(layout[name][1])} {hashes[name]}\n" for name in sorted(layout))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copies those of `names` that are there, byte for byte."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from litfreeze.checkpoint.directory import Checkpoint, write_checkpoint
+from litfreeze.checkpoint.directory import Checkpoint, stored_as, write_checkpoint
 from litfreeze.checkpoint.tensors import as_bytes
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.model import GPT
@@ -27,10 +27,6 @@ class Proof:
     frozen_that_changed: list[str] = field(default_factory=list)
     trained_that_did_not: list[str] = field(default_factory=list)
     sha256: str = ""
-
-    @property
-    def holds(self) -> bool:
-        return not self.frozen_that_changed and not self.trained_that_did_not
 
     def describe(self) -> str:
         """One line, or one for each thing that is wrong."""
@@ -80,9 +76,7 @@ def write_trained(
         proof.frozen_that_changed += [] if same else [name]
         return before
 
-    config = dict(base.hf_config)
-    if save_dtype is not None:
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(save_dtype).removeprefix("torch.")
+    config = base.hf_config if save_dtype is None else stored_as(base.hf_config, save_dtype)
     written = write_checkpoint(out_dir, config, layout, read, manifest, base.path)
     frozen = sorted(name for name in weights if name not in plan.trained)
     proof.sha256 = hashlib.sha256("".join(written["tensors"][name] for name in frozen).encode()).hexdigest()

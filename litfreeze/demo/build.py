@@ -78,7 +78,7 @@ def build(sources: Path, work_dir: Path, seed: int = 1337) -> None:
     publish(on_halves.checkpoint_dir)
 
     all_labels = write_jsonl(work_dir / "all_labels.jsonl", (r for r in utterances if r["prompt"] not in secret))
-    write_card(on_text.outcome, on_halves.outcome, measure(work_dir, all_labels))
+    write_card(on_text.outcome, on_halves.outcome, measure(work_dir, all_labels), alike(unseen, open_utterances))
 
 
 def measure(work_dir: Path, all_labels: Path) -> dict[str, list[Any]]:
@@ -195,7 +195,17 @@ def publish(checkpoint_dir: Path) -> None:
     write_checkpoint(MODEL_DIR, source.hf_config, source.layout(), source.read, {"kind": "base"}, source.path)
 
 
-def write_card(on_text: Any, on_halves: Any, scores: dict[str, list[Any]]) -> None:
+def alike(utterances: Iterable[str], others: Iterable[str]) -> int:
+    """How many of `utterances` stand among `others` once case and punctuation are left aside."""
+
+    def bare(text: str) -> str:
+        return " ".join(re.findall(r"\w+", text.lower()))
+
+    known = {bare(text) for text in others}
+    return sum(bare(text) in known for text in utterances)
+
+
+def write_card(on_text: Any, on_halves: Any, scores: dict[str, list[Any]], n_alike: int) -> None:
     """CARD.md from the figures of the runs."""
 
     def percent(name: str, when: str) -> str:
@@ -208,6 +218,7 @@ def write_card(on_text: Any, on_halves: Any, scores: dict[str, list[Any]]) -> No
     card = Path(__file__).with_name("card_template.md").read_text(encoding="utf-8")
     card = card.format(
         labels=LABELS,
+        alike=n_alike,
         n_val=len(read_jsonl(VAL_FILE)),
         questions=f"{QUESTIONS:,}",
         seeds=len(SEEDS),

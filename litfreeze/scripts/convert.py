@@ -33,20 +33,9 @@ def to_hf(checkpoint_dir: Optional[Path] = None, out_dir: Path = Path("out/hf"))
         checkpoint_dir: A litfreeze checkpoint; without it, the embedded demo model.
         out_dir: The Hugging Face directory to write.
     """
-    import json
-
-    from litfreeze.checkpoint.convert.hf import as_hf
-    from litfreeze.checkpoint.directory import copy_files, open_checkpoint
-    from litfreeze.checkpoint.tensors import whole_directory, write_tensors, write_text
+    from litfreeze.checkpoint.directory import open_checkpoint, write_hf
     from litfreeze.demo import MODEL_DIR
-    from litfreeze.tokenizer import TOKENIZER_FILES
 
-    source = open_checkpoint(checkpoint_dir or MODEL_DIR)
-    source.tokenizer()
-    layout, read = as_hf(source.config, source.hf_config["model_type"], source.layout(), source.read)
-    with whole_directory(Path(out_dir)) as aside:
-        write_tensors(aside, "model", layout, read)
-        write_text(aside / "config.json", json.dumps(source.hf_config, indent=2, ensure_ascii=False) + "\n")
-        copy_files(source.path, aside, TOKENIZER_FILES)
-    print(f"{out_dir}: {len(layout)} tensors. AutoModelForCausalLM.from_pretrained({str(out_dir)!r}) loads it.")
+    count = write_hf(Path(out_dir), open_checkpoint(checkpoint_dir or MODEL_DIR))
+    print(f"{out_dir}: {count} tensors. AutoModelForCausalLM.from_pretrained({str(out_dir)!r}) loads it.")
     return Path(out_dir)

@@ -22,7 +22,7 @@ def setup(
     """
     import torch
 
-    from litfreeze.checkpoint.directory import write_checkpoint
+    from litfreeze.checkpoint.directory import stored_as, write_checkpoint
     from litfreeze.config import PRESETS, Config, read_json
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError, did_you_mean
@@ -43,7 +43,7 @@ def setup(
     if preset is not None:
         hf_config |= {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id}
         hf_config |= {"eos_token_id": tokenizer.eos_id}
-    hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = "float32"  # what is written, whatever the file says
+    hf_config = stored_as(hf_config, torch.float32)  # whatever the file says
     config = Config.from_hf(hf_config, str(config_file or preset))
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(
