@@ -19,22 +19,26 @@ from litfreeze.model import GPT
 class Proof:
     """What was compared while saving, tensor by tensor, against the checkpoint that the run began from.
 
-    Compared is the weight in memory, before it is rounded to the saved dtype. `sha256` is over the frozen tensors as
-    they were saved."""
+    Compared is the weight in memory, before it is rounded to the saved dtype; `rounded_back` are chosen tensors that
+    this rounding returned to the base's values. `sha256` is over the frozen tensors as they were saved."""
 
     frozen: int = 0
     trained: int = 0
     frozen_that_changed: list[str] = field(default_factory=list)
     trained_that_did_not: list[str] = field(default_factory=list)
+    rounded_back: list[str] = field(default_factory=list)
     sha256: str = ""
+    save_dtype: Optional[torch.dtype] = None
 
     def describe(self) -> str:
         """One line, or one for each thing that is wrong."""
         lines = []
         if self.frozen:
             same = self.frozen - len(self.frozen_that_changed)
+            cast = f", saved as {self.save_dtype}".replace("torch.", "") if self.save_dtype else ""
             lines.append(
-                f"{same} of {self.frozen} frozen tensors are bit-identical to the base (sha256 {self.sha256[:16]}…)"
+                f"{same} of {self.frozen} frozen tensors are bit-identical to the base{cast} "
+                f"(sha256 {self.sha256[:16]}…)"
             )
         else:
             lines.append("nothing was frozen")
@@ -43,6 +47,7 @@ class Proof:
         for names, what in (
             (self.frozen_that_changed, "frozen, and yet changed"),
             (self.trained_that_did_not, "chosen, and yet unchanged"),
+            (self.rounded_back, "changed, but rounded back to the base's values when saved"),
         ):
             if names:
                 more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -63,7 +68,7 @@ def write_trained(
     Dtypes are the base's unless `save_dtype` names one for all. One tensor is in memory at a time."""
     weights = dict(model.named_parameters())
     layout = {name: (save_dtype or dtype, shape) for name, (dtype, shape) in base.layout().items()}
-    proof = Proof()
+    proof = Proof(save_dtype=save_dtype)
 
     def read(name: str) -> Tensor:
         before, after = base.read(name), weights[name].detach().cpu()
@@ -71,6 +76,8 @@ def write_trained(
         if name in plan.trained:
             proof.trained += 1
             proof.trained_that_did_not += [name] if same else []
+            rounded = not same and save_dtype is None and same_bits(after.to(before.dtype), before)
+            proof.rounded_back += [name] if rounded else []
             return after
         proof.frozen += 1
         proof.frozen_that_changed += [] if same else [name]

@@ -45,8 +45,9 @@ def test_exactly_the_chosen_tensors_change_on_disk(tmp_path, precision):
     after = saved(result)
     assert set(after) == set(BASE)
     changed = {name for name in BASE if not torch.equal(BASE[name], after[name])}
-    # bf16 norms near 1 may round back to where they were; nothing else may stay, and nothing frozen may move
+    # bf16 norms near 1 may round back to where they were, and the run says so; nothing frozen may move
     assert changed <= plan.trained
+    assert plan.trained - changed == {*result.proof.rounded_back, *result.proof.trained_that_did_not}
     assert all("norm" in name for name in plan.trained - changed)
     assert {after[name].dtype for name in after} == {torch.bfloat16}
     assert result.proof.frozen == len(BASE) - len(plan.trained) and result.proof.frozen_that_changed == []
@@ -85,18 +86,18 @@ def test_the_report_and_the_manifest_say_what_happened(tmp_path):
     assert [row["step"] for row in rows if row["train_loss"]] == ["1", "2", "3", "4"]
 
 
-def test_the_recipe_repeats_the_run(tmp_path, capsys):
+def test_the_recipe_repeats_the_run(tmp_path, monkeypatch):
     from litfreeze.__main__ import main
 
-    first = run(tmp_path / "a", trainable_layers=[10, "11"], seed=5)
+    train = replace(FEW, max_norm=None)  # a null that is not the default has to come through
+    run(tmp_path / "a", train, trainable_layers=[10, "11"], seed=5)
     recipe = yaml.safe_load((tmp_path / "a/recipe.yaml").read_text())
-    assert recipe["trainable_layers"] == [10, "11"] and recipe["train"]["lr"] == 1e-3
-    assert (
-        main(["finetune", "full", "--config", str(tmp_path / "a/recipe.yaml"), "--out_dir", str(tmp_path / "b")]) == 0
-    )
-    a, b = (json.loads((tmp_path / r / "final/litfreeze.json").read_text()) for r in "ab")
+    assert recipe["trainable_layers"] == [10, "11"]
+    assert recipe["train"] == {"lr": 1e-3, "max_steps": 4, "global_batch_size": 8, "max_norm": None}
+    monkeypatch.chdir(tmp_path)
+    assert main(["finetune", "full", "--config", "a/recipe.yaml"]) == 0
+    a, b = (json.loads((tmp_path / r / "final/litfreeze.json").read_text()) for r in ("a", "out/finetune/full"))
     assert a["weights_hash"] == b["weights_hash"]
-    assert first.proof.holds
 
 
 def test_the_step_is_the_same_however_the_batch_is_cut(tmp_path):
