@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
+from litfreeze.freeze.layers import Layers, Names
 from litfreeze.train.args import EvalArgs, TrainArgs
 
-Layers = Union[str, int, list[Union[str, int]], None]
-Names = Union[str, list[str], None]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
 
@@ -69,13 +68,13 @@ def setup(
     base = open_base(checkpoint_dir, untie_embeddings)
     plan = plan_from_words(
         base.config,
-        trainable_layers,
-        trainable_modules,
-        trainable_extra,
-        freeze_trainable_layers,
-        freeze_trainable_modules,
-        freeze_extra_modules,
-        freeze_trainable_layers_ids,
+        trainable_layers=trainable_layers,
+        trainable_modules=trainable_modules,
+        trainable_extra=trainable_extra,
+        freeze_trainable_layers=freeze_trainable_layers,
+        freeze_trainable_modules=freeze_trainable_modules,
+        freeze_extra_modules=freeze_extra_modules,
+        freeze_trainable_layers_ids=freeze_trainable_layers_ids,
     )
     data, train = with_demo_defaults(checkpoint_dir, data, train, lr=5e-5, epochs=3)
     fabric, kept = build_fabric(accelerator, devices, num_nodes, precision)

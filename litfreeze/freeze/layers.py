@@ -12,6 +12,9 @@ from typing import SupportsIndex, Union
 from litfreeze.errors import UsageError, did_you_mean
 
 Spec = Union[int, str, Iterable[Union[int, str]]]
+# As the commands take them; text comes first, so that a command line's 010 stays what was typed
+Layers = Union[str, int, list[Union[str, int]], None]
+Names = Union[str, list[str], None]
 
 GRAMMAR = "10,11  0-3  -1  -2:  last:8  first:4  every:4  20%-80%  all  none"
 WORDS = ("all", "none", "first", "last", "every")

@@ -1,14 +1,11 @@
 """From the command line's words to a plan: ours (`--trainable_…`) and LLaMA-Factory's (`--freeze_…`)."""
 
-from collections.abc import Iterable
-from typing import Optional, Union
+from typing import Optional
 
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
-from litfreeze.freeze.layers import Spec
+from litfreeze.freeze.layers import Names, Spec
 from litfreeze.freeze.plan import FreezePlan
-
-Names = Union[str, Iterable[str], None]
 
 # LLaMA-Factory takes the names of transformers' modules
 MODULE_ALIASES = {"self_attn": "attn", "input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"}

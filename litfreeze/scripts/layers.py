@@ -1,10 +1,9 @@
 """`litfreeze layers`: what a choice of layers would train and cost, without training."""
 
 from pathlib import Path
-from typing import Literal, Optional, Union
+from typing import Literal, Optional
 
-Layers = Union[str, int, list[Union[str, int]], None]
-Names = Union[str, list[str], None]
+from litfreeze.freeze.layers import Layers, Names
 
 
 def setup(
@@ -49,13 +48,13 @@ def setup(
     base = open_base(checkpoint_dir, untie_embeddings)
     plan = plan_from_words(
         base.config,
-        trainable_layers,
-        trainable_modules,
-        trainable_extra,
-        freeze_trainable_layers,
-        freeze_trainable_modules,
-        freeze_extra_modules,
-        freeze_trainable_layers_ids,
+        trainable_layers=trainable_layers,
+        trainable_modules=trainable_modules,
+        trainable_extra=trainable_extra,
+        freeze_trainable_layers=freeze_trainable_layers,
+        freeze_trainable_modules=freeze_trainable_modules,
+        freeze_extra_modules=freeze_extra_modules,
+        freeze_trainable_layers_ids=freeze_trainable_layers_ids,
     )
     kept = PRECISIONS[precision or default_precision("auto")]
     tokens = micro_batch_size * max_seq_length
