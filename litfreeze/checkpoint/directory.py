@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from litfreeze import __version__
 from litfreeze.checkpoint.convert.hf import HFTensors, as_hf
-from litfreeze.checkpoint.tensors import Layout, TensorDirectory, whole_directory, write_tensors, write_text
+from litfreeze.checkpoint.tensors import Layout, TensorDirectory, sha256, whole_directory, write_tensors, write_text
 from litfreeze.config import Config, read_json
 from litfreeze.errors import UsageError
 from litfreeze.model import GPT, meta_parameters
@@ -63,10 +64,14 @@ class Checkpoint:
         """The prompt style this checkpoint was trained with, if it was trained here."""
         return (self.manifest or {}).get("prompt")
 
-    @property
-    def weights_hash(self) -> Optional[str]:
-        """sha256 over names, dtypes, shapes and contents; None for a directory that was not written by litfreeze."""
-        return (self.manifest or {}).get("weights_hash")
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256 over names, dtypes, shapes and contents: the same for a Hugging Face directory and its converted copy.
+        Of a litfreeze directory it is on record; of another every weight is read once."""
+        if self.manifest is not None:
+            return self.manifest["weights_hash"]
+        layout = {name: entry for name, entry in self.layout().items() if name not in self.aliases}
+        return weights_hash(layout, {name: sha256(self.read(name), layout[name][0]) for name in layout})
 
     def untied(self) -> "Checkpoint":
         """The same checkpoint with a head of its own, which starts as a copy of the embedding."""

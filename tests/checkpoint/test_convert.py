@@ -105,7 +105,7 @@ def test_there_and_back_is_the_same_to_the_bit(family, data, form, dtype, tokeni
         assert torch.equal(transformers_logits(theirs, tokens), transformers_logits(source, tokens))
 
         opened, direct = open_checkpoint(ours), open_checkpoint(source)
-        assert opened.layout() == direct.layout()
+        assert opened.layout() == direct.layout() and opened.weights_hash == direct.weights_hash
         assert all(same_bits(opened.read(name), direct.read(name)) for name in opened.layout())
 
 
