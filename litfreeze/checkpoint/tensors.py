@@ -214,19 +214,24 @@ def _write_shard(file: Path, layout: Layout, read: Callable[[str], Tensor], hash
             assert tuple(tensor.shape) == tuple(shape), f"{name}: {tuple(tensor.shape)} is not {tuple(shape)}"
             digest = hashlib.sha256()
             for piece in pieces(tensor, dtype):
-                digest.update(piece)
-                out.write(piece)
+                digest.update(piece.numpy())
+                out.write(piece.numpy())
             hashes[name] = digest.hexdigest()
         out.flush()
         os.fsync(out.fileno())
 
 
-def pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of `tensor` in `dtype`, row-major, about 64 MiB at a time."""
+def pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The bytes of `tensor` in `dtype`, row-major, about 64 MiB at a time: (n,) uint8 each, on the CPU."""
     rows = tensor.detach().reshape(-1) if tensor.ndim < 2 else tensor.detach()
     step = max(1, PIECE // max(1, rows[:1].numel() * dtype.itemsize))
     for part in rows.split(step):
-        yield memoryview(as_bytes(part.to(device="cpu", dtype=dtype)).numpy())
+        yield as_bytes(part.to(device="cpu", dtype=dtype))
+
+
+def same_bits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Equal to the bit once both are in `dtype`: -0.0 is not 0.0, and a NaN equals itself."""
+    return a.shape == b.shape and all(map(torch.equal, pieces(a, dtype), pieces(b, dtype)))
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -240,7 +245,7 @@ def sha256(tensor: Tensor, dtype: torch.dtype) -> str:
     """sha256 of the tensor's bytes in `dtype`."""
     digest = hashlib.sha256()
     for piece in pieces(tensor, dtype):
-        digest.update(piece)
+        digest.update(piece.numpy())
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from litfreeze.checkpoint.directory import Checkpoint, stored_as, write_checkpoint
-from litfreeze.checkpoint.tensors import as_bytes
+from litfreeze.checkpoint.tensors import same_bits
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.model import GPT
 
@@ -71,12 +71,12 @@ def write_trained(
     proof = Proof(save_dtype=save_dtype)
 
     def read(name: str) -> Tensor:
-        before, after = base.read(name), weights[name].detach().cpu()
-        same = same_bits(before.to(after.dtype), after)
+        before, after = base.read(name), weights[name].detach()
+        same = same_bits(before, after, after.dtype)
         if name in plan.trained:
             proof.trained += 1
             proof.trained_that_did_not += [name] if same else []
-            rounded = not same and save_dtype is None and same_bits(after.to(before.dtype), before)
+            rounded = not same and save_dtype is None and same_bits(after, before, before.dtype)
             proof.rounded_back += [name] if rounded else []
             return after
         proof.frozen += 1
@@ -88,8 +88,3 @@ def write_trained(
     frozen = sorted(name for name in weights if name not in plan.trained)
     proof.sha256 = hashlib.sha256("".join(written["tensors"][name] for name in frozen).encode()).hexdigest()
     return proof
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit: -0.0 is not 0.0, and a NaN equals itself."""
-    return torch.equal(as_bytes(a), as_bytes(b))

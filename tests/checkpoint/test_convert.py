@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
-from litfreeze.checkpoint.trained import same_bits
+from litfreeze.checkpoint.tensors import same_bits
 from litfreeze.errors import UsageError
 from litfreeze.scripts.convert import from_hf, to_hf
 from litfreeze.tokenizer import TOKENIZER_FILES
@@ -61,7 +61,7 @@ def store(weights, folder, form="safetensors"):
 
 def assert_same_weights(found, expected):
     assert {n: (t.dtype, t.shape) for n, t in found.items()} == {n: (t.dtype, t.shape) for n, t in expected.items()}
-    assert [name for name in expected if not same_bits(found[name], expected[name])] == []
+    assert [name for name in expected if not same_bits(found[name], expected[name], expected[name].dtype)] == []
 
 
 def add_tokenizer(folder, tokenizer_dir):
@@ -106,7 +106,7 @@ def test_there_and_back_is_the_same_to_the_bit(family, data, form, dtype, tokeni
 
         opened, direct = open_checkpoint(ours), open_checkpoint(source)
         assert opened.layout() == direct.layout() and opened.weights_hash == direct.weights_hash
-        assert all(same_bits(opened.read(name), direct.read(name)) for name in opened.layout())
+        assert all(same_bits(opened.read(name), direct.read(name), direct.dtype(name)) for name in opened.layout())
 
 
 # --- the same weights as others spell them ---------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from families import write_json
 from transformers import AutoModelForCausalLM
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint, weights_hash, write_checkpoint
-from litfreeze.checkpoint.tensors import sha256
-from litfreeze.checkpoint.trained import same_bits
+from litfreeze.checkpoint.tensors import same_bits, sha256
 from litfreeze.errors import UsageError
 from litfreeze.scripts.convert import to_hf
 from litfreeze.scripts.init import setup as init
@@ -122,7 +121,7 @@ def test_every_weight_gets_the_dtype_it_is_given(checkpoint_dir):
     model = load_model(checkpoint, lambda name: torch.bfloat16 if name.startswith("blocks.0.") else torch.float32)
     for name, weight in model.named_parameters():
         assert weight.dtype == (torch.bfloat16 if name.startswith("blocks.0.") else torch.float32)
-        assert same_bits(weight, checkpoint.read(name).to(weight.dtype))
+        assert same_bits(weight, checkpoint.read(name), weight.dtype)
     assert not model.training
 
 

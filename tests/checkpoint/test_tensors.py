@@ -112,7 +112,7 @@ def test_tensors_are_cast_to_the_dtype_of_the_layout(tmp_path):
 @pytest.mark.parametrize("size", [1, 60, 10**6])
 def test_the_size_of_the_pieces_changes_nothing(tensor, size, monkeypatch):
     monkeypatch.setattr(module, "PIECE", size)
-    assert b"".join(bytes(piece) for piece in pieces(tensor, torch.float32)) == raw(tensor)
+    assert b"".join(piece.numpy().tobytes() for piece in pieces(tensor, torch.float32)) == raw(tensor)
 
 
 # --- broken and hostile files ----------------------------------------------------------------------------------------
