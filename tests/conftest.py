@@ -67,7 +67,7 @@ def _make_smollm2(path: Path) -> None:
         command = [sys.executable, SMOLLM2_SCRIPT, aside]
         made = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         if made.returncode:
-            pytest.skip(f"making SmolLM2 failed: {made.stderr.strip().splitlines()[-1:]}")
+            pytest.fail(f"making SmolLM2 failed: {made.stderr.strip().splitlines()[-1:]}")
         aside.rename(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -107,6 +107,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UsageError(f"{path / MANIFEST} has format {manifest.get('format')!r}; this litfreeze reads {FORMAT}.")
+    if not isinstance(manifest.get("weights_hash"), str):
+        raise UsageError(f"{path / MANIFEST} has no weights_hash: it is damaged, or not written by litfreeze.")
     stored = TensorDirectory(path, ["litfreeze.safetensors"])
     _check_shapes(stored, shapes)
     return Checkpoint(path, hf_config, config, stored, {name: stored.layout(name)[0] for name in stored}, manifest)

@@ -84,5 +84,5 @@ def setup(
         return write_trained(directory, base, model, plan, dtype, manifest)
 
     recipe = recipe_yaml(setup, {**options, "train": train, "precision": kept.name})
-    job = Job("full", base, plan, writer, kept, data, train, eval, out_dir, seed, recipe)
+    job = Job("full", base, plan, writer, kept, data, train, eval, out_dir and Path(out_dir), seed, recipe)
     return launch(fabric, run, job)

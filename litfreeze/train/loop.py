@@ -105,6 +105,7 @@ def fit(
             if better:
                 outcome.best_loss, outcome.best_step = outcome.after.loss, outcome.step
                 if eval.save_best and not last:
+                    outcome.best_kept = outcome.step
                     save("best", outcome)
             if eval.patience is not None and worse >= eval.patience and not last:
                 outcome.stopped = f"{worse} validations in a row did not beat {outcome.best_loss:.4f}"

@@ -32,4 +32,5 @@ class Outcome:
     after: Optional[Scores] = None
     best_loss: float = float("inf")
     best_step: int = 0
+    best_kept: int = 0  # the step that `best` was saved at; 0: never
     stopped: str = ""  # why it ended before its last step

@@ -152,9 +152,8 @@ class Report:
         if outcome.after:
             lines.append(f"After     {outcome.after.describe()}")
             if outcome.best_step not in (0, outcome.step):
-                lines.append(
-                    f"Best      validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, kept in best/"
-                )
+                kept = "kept in best/" if outcome.best_kept == outcome.best_step else "not kept"
+                lines.append(f"Best      validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, {kept}")
         lines.append(f"Frozen    {proof.describe()}")
         lines.append(
             f"Speed     {outcome.step} steps in {outcome.seconds:.1f} s "

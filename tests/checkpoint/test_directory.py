@@ -69,6 +69,10 @@ REFUSALS = {
     "no config": (lambda path: (path / "config.json").unlink(), ["has no config.json"]),
     "broken config": (lambda path: (path / "config.json").write_text("{", "utf-8"), ["config.json", "as JSON"]),
     "broken manifest": (lambda path: (path / "litfreeze.json").write_text("[]", "utf-8"), ["litfreeze.json", "object"]),
+    "no hash on record": (
+        lambda path: edit_json(path / "litfreeze.json", weights_hash=None),
+        ["litfreeze.json has no weights_hash"],
+    ),
     "format of the future": (
         lambda path: edit_json(path / "litfreeze.json", format=2),
         ["litfreeze.json has format 2; this litfreeze reads 1"],

@@ -155,6 +155,8 @@ def test_the_best_is_kept_when_the_last_is_worse(tmp_path):
     train = replace(FEW, lr=2e-3, max_steps=40)
     result = run(tmp_path / "run", train, replace(QUICK, interval=4), data=data, trainable_layers="10,11")
     assert 0 < result.outcome.best_step < 40
+    report = (tmp_path / "run/report.md").read_text()
+    assert f"at step {result.outcome.best_step}, kept in best/" in report
     best = open_checkpoint(tmp_path / "run/best").manifest["training"]
     assert best["step"] == result.outcome.best_step and best["after"]["loss"] == result.outcome.best_loss
 
@@ -238,6 +240,7 @@ def test_a_used_out_dir_is_refused_and_the_default_is_always_new(tmp_path, monke
         run(tmp_path / "run", trainable_layers="11")
     monkeypatch.chdir(tmp_path)
     results = [run(None, trainable_layers="11") for _ in range(2)]
+    assert run("named", trainable_layers="11").checkpoint_dir.is_dir()  # a plain string is a path too
     assert [str(r.out_dir) for r in results] == ["out/finetune/full", "out/finetune/full-2"]
 
 
