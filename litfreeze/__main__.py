@@ -12,10 +12,16 @@ from litfreeze.errors import LitfreezeError
 
 COMMANDS = {
     "finetune full": "litfreeze.finetune.full:setup",
+    "finetune lora": "litfreeze.finetune.lora:setup",
+    "merge_lora": "litfreeze.scripts.merge:merge_lora",
+    "merge_delta": "litfreeze.scripts.merge:merge_delta",
     "generate": "litfreeze.generate.base:setup",
     "layers": "litfreeze.scripts.layers:setup",
+    "diff": "litfreeze.scripts.diff:setup",
     "convert from_hf": "litfreeze.scripts.convert:from_hf",
     "convert to_hf": "litfreeze.scripts.convert:to_hf",
+    "convert from_peft": "litfreeze.scripts.convert:from_peft",
+    "convert to_peft": "litfreeze.scripts.convert:to_peft",
     "init": "litfreeze.scripts.init:setup",
 }
 

@@ -56,12 +56,25 @@ def parse(words: Iterable[str], commands: Mapping[str, str]) -> tuple[Callable[.
     refuse_unknown_variables(parser.options, commands)
     try:
         with redirect_stdout(StringIO()) as answer:
-            values = parser.instantiate(parser.parse_args(one_word_each(words, parser.options), env=True))
+            flags = one_word_each(words, parser.options, parser.required)
+            values = parser.instantiate(parser.parse_args(flags, env=True))
     except SystemExit:  # how argparse ends after --help and --print_config
         return show, {"text": answer.getvalue()}
     except (ArgumentError, TypeError, ValueError) as error:
         raise UsageError(parser.told(error)) from error
     return function, {name: values[name] for name in inspect.signature(function).parameters}
+
+
+def arguments(command: str, function: Callable[..., Any], recipe: str) -> dict[str, Any]:
+    """The keyword arguments of `function` that the YAML text `recipe` asks for, as from a `--config` file alone.
+
+    Raises UsageError for whatever is wrong with it."""
+    parser = Parser(command, function)
+    try:
+        values = parser.instantiate(parser.parse_object(read_yaml(recipe, path="recipe.yaml"), env=False))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UsageError(parser.told(error)) from error
+    return {name: values[name] for name in inspect.signature(function).parameters}
 
 
 def show(text: str) -> None:
@@ -119,11 +132,13 @@ def description(function: Callable[..., Any]) -> list[str]:
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser of one function. `options` are its names and types: `{"seed": int, "train.lr": ...}`."""
+    """jsonargparse's parser of one function. `options` are its names and types: `{"seed": int, "train.lr": ...}`;
+    `required` are those that have no default, and can be given as bare words."""
 
     def __init__(self, command: str, function: Callable[..., Any]):
+        self.required = [name for name, p in inspect.signature(function).parameters.items() if p.default is p.empty]
         super().__init__(
-            usage=f"litfreeze {command} [--option VALUE ...]",
+            usage=" ".join(["litfreeze", command, *map(str.upper, self.required), "[--option VALUE ...]"]),
             description=" ".join(description(function)),
             epilog=EPILOG,
             env_prefix="LITFREEZE",
@@ -196,25 +211,36 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     return options
 
 
-def one_word_each(words: Iterable[str], options: Mapping[str, Any]) -> list[str]:
-    """Every option joined with its value, `--trainable_layers=-2:`, so that no value is taken for an option; and
-    `--config` first, so that flags win wherever it stands."""
-    words, files, flags = list(words), [], []
+def one_word_each(words: Iterable[str], options: Mapping[str, Any], required: Iterable[str] = ()) -> list[str]:
+    """Every option joined with its value, `--trainable_layers=-2:`, so that no value is taken for an option; a switch
+    that stands alone is `=true`; and `--config` first, so that flags win wherever it stands. Bare words are the values
+    of those `required` options that have no flag, in order: `A B` is `--a=A --b=B`."""
+    words, files, flags, bare = list(words), [], [], []
     while words:
-        flag, equals, value = words.pop(0).partition("=")
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
         name = SHORT.get(flag[2:], flag[2:])
         if flag in ("-h", "--help", "--print_config"):
-            flags.append(flag + equals + value)
+            flags.append(word)
             continue
-        if not flag.startswith("--"):
-            raise UsageError(f"{flag!r} belongs to no option. Options begin with --; a value with blanks needs quotes.")
+        if not word.startswith("--"):
+            bare.append(word)
+            continue
         if name not in options and name != "config":
             raise unknown_option(name, options)
-        if not equals and (not words or re.match("--[A-Za-z]", words[0])):
-            raise UsageError(f"{flag} needs a value: {expected(options.get(name, Path))}.")
-        value = value if equals else words.pop(0)
+        if not equals:
+            hint = options.get(name, Path)
+            alone = not words or re.match("--[A-Za-z]", words[0])
+            if alone and bool not in (hint, *get_args(hint)):
+                raise UsageError(f"{flag} needs a value: {expected(hint)}.")
+            value = "true" if alone else words.pop(0)
         (files if name == "config" else flags).append(f"--{name}={value}")
-    return files + flags
+    open_ = [name for name in required if not any(flag.startswith(f"--{name}=") for flag in flags)]
+    if strays := [word for word in bare if word.startswith("-")] + bare[len(open_) :]:
+        without = f" Without an option stand only {' '.join(required).upper()}." if required else ""
+        said = "Options begin with --; a value with blanks needs quotes."
+        raise UsageError(f"{strays[0]!r} belongs to no option. {said}{without}")
+    return files + flags + [f"--{name}={word}" for name, word in zip(open_, bare, strict=False)]
 
 
 def unknown_option(name: str, options: Iterable[str]) -> UsageError:
@@ -246,6 +272,14 @@ class Yaml(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar = {}
 
+    def get_single_data(self) -> Any:
+        """What the text says; only `null` and nothing at all are null, not `#` or `!`."""
+        text = self.buffer.strip("\0 ")  # before reading uses it up
+        data = super().get_single_data()
+        if data is None and text not in ("", "null"):
+            raise yaml.YAMLError("no option stands in it")
+        return data
+
 
 NUMBER = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?"
 for tag, pattern in {"null": "null|", "bool": "true|false", "int": "0|-?[1-9][0-9]*", "float": NUMBER}.items():
@@ -256,8 +290,8 @@ def read_yaml(text: str, path: str = "") -> Any:
     """What a value says or, where jsonargparse gives a `path`, what a file says."""
     try:
         content = yaml.load(text, Loader=Yaml)
-    except yaml.MarkedYAMLError as error:
-        if not path:
+    except yaml.YAMLError as error:
+        if not isinstance(error, yaml.MarkedYAMLError) or not path:
             raise  # a value such as `*a` is no YAML: it is text
         number = error.problem_mark.line
         line = "".join(text.splitlines()[number : number + 1]).strip()

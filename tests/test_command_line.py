@@ -83,6 +83,7 @@ def test_layers_of_finetune_arrive_unchanged(text):
 @example("*a")
 @example("!!python/object:os.system x")
 @example("9" * 5000)
+@example("#")
 def test_any_text_arrives_or_is_refused_in_a_line(text):
     assert small("--style", text)["style"] == text
     for option, kind in (("seed", int), ("lr", float), ("mask", bool), ("precision", str)):
@@ -112,6 +113,15 @@ def test_arguments_are_plain_python(monkeypatch):
     assert full()["data"] == DataArgs()
 
 
+def test_a_switch_may_stand_alone():
+    assert full("--untie_embeddings")["untie_embeddings"] is True
+    assert full("--untie_embeddings", "--seed", "3") == full("--untie_embeddings=true", "--seed=3")
+    assert full("--untie_embeddings", "false")["untie_embeddings"] is False
+    assert full("--resume")["resume"] is True and full("--resume", "a/b")["resume"] == Path("a/b")
+    with pytest.raises(UsageError, match="'maybe' is not true or false"):
+        full("--untie_embeddings", "maybe")
+
+
 def test_numbers_lists_and_mappings(tmp_path):
     assert full("--train.max_time", "90")["train"].max_time == 90
     assert full("--train.max_time", "1h30m")["train"].max_time == "1h30m"
@@ -124,6 +134,73 @@ def test_numbers_lists_and_mappings(tmp_path):
     tools = [{"strict": True, "n": 2, "class_path": "calendar.Calendar"}]
     expected = {"thinking": False, "note": "1:30", "tools": tools}
     assert small("--extra", text)["extra"] == small(config(tmp_path, f"extra: {text}"))["extra"] == expected
+
+
+# ---- words without an option ----
+
+
+def two(first: str, second: Path, third: int = 0):
+    """Do nothing with two required arguments and one more."""
+
+
+def pair(*words):
+    return parse(["two", *words], {"two": f"{__name__}:two"})[1]
+
+
+def test_bare_words_are_the_required_options_in_order():
+    expected = {"first": "x", "second": Path("y"), "third": 3}
+    for words in ("x y", "--first x y", "x --second y", "--second y x", "y --first=x", "--first x --second y"):
+        for line in (f"{words} --third 3", f"--third=3 {words}"):
+            assert pair(*line.split()) == expected
+    arguments = parse(["convert", "from_hf", "hf", "out"], COMMANDS)[1]
+    assert arguments == {"checkpoint_dir": Path("hf"), "out_dir": Path("out")}
+    arguments = parse(["diff", "one", "other", "--expect_only", "-2:"], COMMANDS)[1]
+    assert (arguments["a"], arguments["b"], arguments["expect_only"]) == (Path("one"), Path("other"), "-2:")
+
+
+def test_bare_words_win_over_files_and_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("LITFREEZE_FIRST", "of the environment")
+    recipe = config(tmp_path, "second: of a file\n")
+    assert pair("y", "z") == {"first": "y", "second": Path("z"), "third": 0}
+    assert pair("y", recipe) == {"first": "y", "second": Path("of a file"), "third": 0}
+    assert pair(recipe)["first"] == "of the environment"
+
+
+@given(st.text(max_size=12).filter(lambda text: not text.startswith("-") and text.strip() != "null"))
+@example("a=b")
+@example("010")
+@example("{a: 1}")
+def test_any_bare_word_arrives_unchanged(text):
+    assert pair(text, "y")["first"] == text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("x y z", "'z' belongs to no option. Options begin with --; a value with blanks needs quotes."),
+        ("x y z", "quotes. Without an option stand only FIRST SECOND."),
+        ("x y --first z", "'y' belongs to no option."),
+        ("-third 3 x y", "'-third' belongs to no option."),
+        ("x", "--second must be given."),
+        ("", "--first and --second must be given."),
+        ("x y --four 4", "unknown option 'four'."),
+    ],
+)
+def test_a_bare_word_too_many_or_too_few(words, says):
+    with pytest.raises(UsageError) as refusal:
+        pair(*words.split())
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_help_shows_the_bare_words(capsys):
+    for command, usage in (
+        ("diff", "diff A B [--option VALUE ...]"),
+        ("convert from_hf", "convert from_hf CHECKPOINT_DIR OUT_DIR [--option VALUE ...]"),
+        ("layers", "layers [--option VALUE ...]"),
+    ):
+        assert main([*command.split(), "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: litfreeze {usage}\n")
 
 
 # ---- which place wins ----
@@ -159,12 +236,17 @@ def test_print_config_is_read_back(tmp_path):
 
 
 def test_recipes_parse():
-    assert len(RECIPES) >= 6
+    assert {recipe.stem for recipe in RECIPES} == {"full", "freeze", "lora"}
     for recipe in RECIPES:
-        arguments = full("--config", str(recipe))
+        method = "lora" if recipe.stem == "lora" else "full"
+        commands = {f"finetune {method}": f"litfreeze.finetune.{method}:setup"}
+        arguments = parse(["finetune", method, "--config", str(recipe)], commands)[1]
         assert str(arguments["checkpoint_dir"]).startswith("checkpoints/")
         assert (arguments["trainable_layers"] is not None) == (recipe.stem == "freeze")
-        assert f"--config {recipe.relative_to(recipe.parents[3])}" in recipe.read_text(encoding="utf-8").splitlines()[0]
+        assert (
+            f"litfreeze finetune {method} --config {recipe.relative_to(recipe.parents[3])}"
+            in recipe.read_text(encoding="utf-8").splitlines()[0]
+        )
 
 
 # ---- mistakes ----
@@ -196,13 +278,13 @@ def refused(capsys, *words):
         ("--seed 1:30", "seed: '1:30' is not a whole number."),  # YAML 1.1 would say 90
         ("--seed null", "is not a whole number."),
         ("--data=", "data.path: '' is not a path."),
-        ("--untie_embeddings", "needs a value: true or false."),
+        ("--trainable_layers --untie_embeddings", "trainable_layers needs a value"),
         ("--precision bf16", "not one of 32-true, bf16-mixed, bf16-true, 16-mixed. Did you mean 'bf16-true'?"),
         ("--data.prompt_args 3", "data.prompt_args: '3' is not a mapping such as '{name: value}'."),
         ("--trainable_layers --seed 1", "--trainable_layers needs a value"),
         (
             "--trainable_layers 10, 11",
-            "'11' belongs to no option. Options begin with --; a value with blanks needs quotes",
+            "'11' belongs to no option. Options begin with --; a value with blanks needs quotes.\n",
         ),
         ("--config nothing.yaml", "File does not exist: "),
         ("--config .", "Path is not a file: "),

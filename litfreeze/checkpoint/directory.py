@@ -1,15 +1,15 @@
-"""A checkpoint directory: open one of either kind, write one of ours.
+"""A checkpoint directory: open one of any kind, write one of ours.
 
 A litfreeze directory holds
     config.json             the Hugging Face config, so that identity has one spelling
     litfreeze.json          what this directory is: kind, hashes, base, prompt, how it was trained
-    litfreeze.safetensors   the weights under our names (so that no other tool takes them for its own)
+    litfreeze.safetensors   all weights under our names (so that no other tool takes them for its own), or in its place
+    trained.safetensors     only those that trained, an adapter's among them; the rest is read from the base
     tokenizer.json …        as they came
-A plain Hugging Face directory is opened the same way; its tensors are renamed and re-laid as they are read."""
+Hugging Face and PEFT directories are opened the same way; their tensors are renamed and re-laid as they are read."""
 
 import hashlib
-import json
-import shutil
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,59 +19,98 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from litfreeze import __version__
-from litfreeze.checkpoint.convert.hf import HFTensors, as_hf
-from litfreeze.checkpoint.tensors import Layout, TensorDirectory, sha256, whole_directory, write_tensors, write_text
+from litfreeze.checkpoint.convert.hf import HFTensors
+from litfreeze.checkpoint.convert.peft import PEFTTensors
+from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
+from litfreeze.checkpoint.tensors import Layout, TensorDirectory, same_bits, sha256
 from litfreeze.config import Config, read_json
 from litfreeze.errors import UsageError
-from litfreeze.model import GPT, meta_parameters
-from litfreeze.tokenizer import TOKENIZER_FILES, Tokenizer
+from litfreeze.lora import LoRA, add_lora, is_lora, linear_layers, model_parameters
+from litfreeze.model import GPT
+from litfreeze.tokenizer import Tokenizer
 
 MANIFEST = "litfreeze.json"
+WHOLE, TRAINED = "whole", "trained"  # what a directory of ours holds
+STEMS = {WHOLE: "litfreeze", TRAINED: "trained"}  # the names of its weights' file
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An opened directory. `tensors` gives every parameter of `GPT(config)` under its own name, mapped from disk."""
+    """An opened directory. `read` gives every parameter of its model, an adapter's included, mapped from disk."""
 
     path: Path
+    tokenizer_dir: Path
     hf_config: dict[str, Any]
     config: Config
-    tensors: Mapping[str, Tensor]
-    dtypes: Mapping[str, torch.dtype]
-    manifest: Optional[dict[str, Any]] = None  # None: a plain Hugging Face directory
+    tensors: Mapping[str, Tensor]  # all of them or, over a base, those that stand in its place
+    dtypes: Mapping[str, torch.dtype]  # of `tensors`
+    manifest: Optional[dict[str, Any]] = None  # None: a plain Hugging Face or PEFT directory
     aliases: Mapping[str, str] = field(default_factory=dict)
+    base: Optional["Checkpoint"] = None  # a whole checkpoint
+    lora: Optional[LoRA] = None
 
     def read(self, name: str) -> Tensor:
         """The parameter `name`, backed by its file."""
-        return self.tensors[self.aliases.get(name, name)]
+        name = self.aliases.get(name, name)
+        return self.tensors[name] if self.base is None or name in self.tensors else self.base.read(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that `name` is stored in."""
-        return self.dtypes[self.aliases.get(name, name)]
+        name = self.aliases.get(name, name)
+        return self.dtypes[name] if self.base is None or name in self.tensors else self.base.dtype(name)
 
     def layout(self) -> Layout:
         """dtype and shape of every parameter, in the model's order."""
-        return {name: (self.dtype(name), tuple(p.shape)) for name, p in meta_parameters(self.config).items()}
+        return {n: (self.dtype(n), tuple(p.shape)) for n, p in model_parameters(self.config, self.lora).items()}
+
+    @property
+    def whole(self) -> "Checkpoint":
+        """The checkpoint beneath, if this one holds only what trained; else itself."""
+        return self if self.base is None else self.base
+
+    @property
+    def replaced(self) -> list[str]:
+        """Weights of the model that stand in place of the base's. (An adapter's tensors have no place there.)"""
+        return [] if self.base is None else [name for name in self.tensors if not is_lora(name)]
 
     def tokenizer(self) -> Tokenizer:
         """Raises UsageError if the directory has none."""
-        return Tokenizer.from_dir(self.path)
+        return Tokenizer.from_dir(self.tokenizer_dir)
 
     @property
     def prompt(self) -> Optional[dict[str, Any]]:
         """The prompt style this checkpoint was trained with, if it was trained here."""
-        return (self.manifest or {}).get("prompt")
+        manifest = self.manifest or (self.base and self.base.manifest) or {}
+        return manifest.get("prompt")
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The runs that made this checkpoint, oldest first: what stood in their manifests, without lists of tensors."""
+        manifest = self.manifest or (self.base and self.base.manifest) or {}
+        last = manifest.get("training")
+        runs = [{"kind": manifest.get("kind"), **last}] if last else []
+        left_out = ("trained", "recipe")
+        return manifest.get("history", []) + [{k: v for k, v in run.items() if k not in left_out} for run in runs]
+
+    @cached_property
+    def tensor_hashes(self) -> Mapping[str, str]:
+        """sha256 of every tensor. On record in a litfreeze directory; of another every weight is read once."""
+        if self.manifest is not None:
+            own = self.manifest["tensors"]
+        else:
+            own = {name: sha256(self.tensors[name], self.dtypes[name]) for name in self.tensors}
+        hashes = own if self.base is None else {**self.base.tensor_hashes, **own}
+        return {**hashes, **{alias: hashes[name] for alias, name in self.aliases.items()}}
 
     @cached_property
     def weights_hash(self) -> str:
-        """sha256 over names, dtypes, shapes and contents: the same for a Hugging Face directory and its converted copy.
-        Of a litfreeze directory it is on record; of another every weight is read once."""
+        """sha256 over names, dtypes, shapes and contents, however they are stored: the same for a Hugging Face
+        directory and its converted copy, for what trained over its base and for the whole."""
         if self.manifest is not None:
             return self.manifest["weights_hash"]
         layout = {name: entry for name, entry in self.layout().items() if name not in self.aliases}
-        return weights_hash(layout, {name: sha256(self.read(name), layout[name][0]) for name in layout})
+        return weights_hash(layout, self.tensor_hashes)
 
     def untied(self) -> "Checkpoint":
         """The same checkpoint with a head of its own, which starts as a copy of the embedding."""
@@ -84,34 +123,174 @@ class Checkpoint:
             aliases={"head.weight": "embed.weight"},
         )
 
+    def with_lora(self, lora: LoRA, tensors: Mapping[str, Tensor]) -> "Checkpoint":
+        """The same checkpoint carrying an adapter of these `tensors`, in place of the one it may have had.
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Opens a litfreeze or a Hugging Face directory and checks that its tensors are those its config asks for.
+        It goes by the path, manifest and hash of what it was made from until it is written."""
+        own = {name: self.tensors[name] for name in self.replaced} | dict(tensors)
+        aliases = {} if self.base is None else self.aliases  # a whole one becomes the base, and keeps its own
+        dtypes = {name: self.dtypes[name] if name in self.replaced else own[name].dtype for name in own}
+        return replace(self, tensors=InMemory(own), dtypes=dtypes, base=self.whole, lora=lora, aliases=aliases)
 
-    Reads headers only (and a tied head that is stored all the same). Raises UsageError naming the file and what is
-    wrong with it."""
+
+class InMemory(dict):
+    """Tensors that no file holds yet, handed out as copies: as a file's, they stay what they are whatever trains."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(name).clone()
+
+
+def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, force_base: bool = False) -> Checkpoint:
+    """Opens a litfreeze, Hugging Face or PEFT directory and checks that its tensors are those its config asks for.
+
+    One that holds only what trained is opened over its base: `base_dir`, or where its manifest says. A base with other
+    weights than it was trained on is refused unless `force_base`. Reads headers only (and a tied head that is stored
+    all the same, an embedding or head beside a PEFT adapter, and a Hugging Face base whose files are not those on
+    record). Raises UsageError naming the file and what is wrong with it."""
     path = Path(path)
     if not path.is_dir():
         raise UsageError(
-            f"{path} is no directory here. --checkpoint_dir takes a local litfreeze or Hugging Face directory; "
+            f"{path} is no directory here. A checkpoint is a litfreeze, Hugging Face or PEFT directory on this machine; "
             "nothing is downloaded."
         )
+    if not (path / MANIFEST).is_file() and (path / PEFT_CONFIG).is_file():
+        return _open_peft(path, base_dir)
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} has no config.json, so it is no checkpoint.{_nearby(path)}")
     hf_config = read_json(path / "config.json")
     config = Config.from_hf(hf_config, str(path / "config.json"))
-    shapes = {name: tuple(p.shape) for name, p in meta_parameters(config).items()}
-    if not (path / MANIFEST).is_file():
+    manifest = _read_manifest(path) if (path / MANIFEST).is_file() else None
+    if manifest is not None and manifest.get("holds") == TRAINED:
+        return _open_over_base(path, hf_config, config, manifest, base_dir, force_base)
+    if base_dir is not None:
+        raise UsageError(f"--base_dir {base_dir}: {path} holds all its weights and needs no base.")
+    shapes = _shapes(config)
+    if manifest is None:
         tensors = HFTensors(path, config, hf_config["model_type"], shapes)
-        return Checkpoint(path, hf_config, config, tensors, {name: tensors.dtype(name) for name in tensors})
+        return Checkpoint(path, path, hf_config, config, tensors, {name: tensors.dtype(name) for name in tensors})
+    stored = TensorDirectory(path, [f"{STEMS[WHOLE]}.safetensors"])
+    _check_shapes(stored, shapes)
+    if missing := [name for name in shapes if name not in stored]:
+        raise UsageError(f"{path}: tensor {missing[0]} is missing from its weights.")
+    dtypes = {name: stored.layout(name)[0] for name in stored}
+    return Checkpoint(path, path, hf_config, config, stored, dtypes, manifest)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UsageError(f"{path / MANIFEST} has format {manifest.get('format')!r}; this litfreeze reads {FORMAT}.")
-    if not isinstance(manifest.get("weights_hash"), str):
-        raise UsageError(f"{path / MANIFEST} has no weights_hash: it is damaged, or not written by litfreeze.")
-    stored = TensorDirectory(path, ["litfreeze.safetensors"])
+    if not isinstance(manifest.get("weights_hash"), str) or not isinstance(manifest.get("tensors"), dict):
+        raise UsageError(f"{path / MANIFEST} has no hashes: it is damaged, or not written by litfreeze.")
+    return manifest
+
+
+def _open_over_base(
+    path: Path,
+    hf_config: dict[str, Any],
+    config: Config,
+    manifest: dict[str, Any],
+    base_dir: Optional[Path | str],
+    force_base: bool,
+) -> Checkpoint:
+    """A directory that holds what trained, and what it was trained over."""
+    lora = None
+    if manifest.get("lora") is not None:
+        try:
+            lora = LoRA.from_dict(manifest["lora"])
+            unknown = set(lora.ranks) - set(linear_layers(config))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UsageError(f"{path / MANIFEST}: its adapter's settings are damaged.") from None
+        if unknown:
+            raise UsageError(f"{path / MANIFEST}: this model has no linear layer {min(unknown)} to adapt.")
+    shapes = _shapes(config, lora)
+    stored = TensorDirectory(path, [f"{STEMS[TRAINED]}.safetensors"])
     _check_shapes(stored, shapes)
-    return Checkpoint(path, hf_config, config, stored, {name: stored.layout(name)[0] for name in stored}, manifest)
+    if missing := [name for name in shapes if name not in stored and (is_lora(name) or name in manifest["tensors"])]:
+        raise UsageError(f"{stored.path}: tensor {missing[0]} is missing from its weights.")
+    base = open_base(path, manifest, base_dir, force_base)
+    if base.config.tie_embeddings and not config.tie_embeddings:
+        base = base.untied()
+    if base.config != config:
+        raise UsageError(f"{base.path} has another shape than the model that {path} was trained on.")
+    dtypes = {name: stored.layout(name)[0] for name in stored}
+    return Checkpoint(path, path, hf_config, config, stored, dtypes, manifest, base=base, lora=lora)
+
+
+def identity(checkpoint: Checkpoint, seen_from: Path) -> dict[str, Any]:
+    """What a checkpoint in `seen_from` keeps to find and to recognise its base again.
+
+    The sizes and times of a Hugging Face directory's files stand in for reading all of its weights every time."""
+    path = checkpoint.path.resolve()
+    found = {
+        "path": str(path),
+        "from_here": os.path.relpath(path, seen_from.resolve()),
+        "weights_hash": checkpoint.weights_hash,
+    }
+    return found if checkpoint.manifest is not None else {**found, "files": _stamps(path)}
+
+
+def open_base(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Path | str], force: bool) -> Checkpoint:
+    """The base that the manifest of `path` names, or `base_dir`, once it is known for the one trained on."""
+    known = manifest.get("base")
+    if not isinstance(known, dict) or not all(isinstance(known.get(key), str) for key in ("path", "weights_hash")):
+        raise UsageError(f"{path / MANIFEST} names no base: it is damaged.")
+    places = [Path(base_dir)] if base_dir is not None else [Path(known["path"]), path / str(known.get("from_here", ""))]
+    place = next((place for place in places if (place / "config.json").is_file()), None)
+    if place is None:
+        if base_dir is not None:
+            raise UsageError(f"--base_dir {base_dir} is no checkpoint.")
+        raise UsageError(
+            f"{path} holds only what trained, over {known['path']}, which is no longer there. "
+            "Name the base's directory with --base_dir."
+        )
+    base = open_checkpoint(place)
+    if base.base is not None:
+        raise UsageError(
+            f"--base_dir {place} itself holds only what trained. Name the base under it, {base.base.path}."
+        )
+    untouched = known.get("files") is not None and base.manifest is None and known["files"] == _stamps(place)
+    if not force and not untouched and base.weights_hash != known["weights_hash"]:
+        raise UsageError(
+            f"{place} is not the base that {path} was trained on (its weights have sha256 {base.weights_hash[:16]}…, "
+            f"not {known['weights_hash'][:16]}…). Name that one with --base_dir, or insist with --force_base."
+        )
+    return base
+
+
+def _stamps(path: Path) -> dict[str, list[int]]:
+    """Size and time of change (ns) of the files that a Hugging Face directory's weights can stand in."""
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def _open_peft(path: Path, base_dir: Optional[Path | str]) -> Checkpoint:
+    """An adapter as PEFT saves it. It names its base, and has no hash of it."""
+    settings = read_json(path / PEFT_CONFIG)
+    named = settings.get("base_model_name_or_path")
+    place = Path(base_dir) if base_dir is not None else Path(named) if isinstance(named, str) and named else None
+    if place is None or not (place / "config.json").is_file():
+        what = f"--base_dir {base_dir}" if base_dir is not None else f"its base, {named!r},"
+        raise UsageError(f"{path} is an adapter, and {what} is no directory here. Name the base with --base_dir.")
+    base = open_checkpoint(place)
+    if base.base is not None:
+        raise UsageError(
+            f"--base_dir {place} itself holds only what trained. Name the base under it, {base.base.path}."
+        )
+    tensors = PEFTTensors(path, settings, base.config, base.hf_config["model_type"])
+    if base.config.tie_embeddings and not tensors.tied:
+        base = base.untied()
+    for name in {"embed.weight", "head.weight"} & set(tensors):  # PEFT saves a head's weight with its adapter, unasked
+        if same_bits(tensors[name], base.read(name), torch.promote_types(tensors.dtype(name), base.dtype(name))):
+            del tensors.found[name]
+    dtypes = {name: tensors.dtype(name) for name in tensors}
+    brought = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer_dir = path if brought else base.tokenizer_dir
+    return Checkpoint(path, tokenizer_dir, base.hf_config, base.config, tensors, dtypes, base=base, lora=tensors.lora)
+
+
+def _shapes(config: Config, lora: Optional[LoRA] = None) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model_parameters(config, lora).items()}
 
 
 def _nearby(path: Path) -> str:
@@ -122,16 +301,12 @@ def _nearby(path: Path) -> str:
 
 
 def _check_shapes(stored: TensorDirectory, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for name, shape in shapes.items():
-        if name not in stored:
-            raise UsageError(f"{stored.path}: tensor {name} is missing from its weights.")
-        if stored.layout(name)[1] != shape:
-            found = list(stored.layout(name)[1])
-            raise UsageError(
-                f"{stored.files[name].path}: {name} has shape {found}; config.json asks for {list(shape)}."
-            )
-    if extra := sorted(set(stored) - set(shapes)):
-        raise UsageError(f"{stored.files[extra[0]].path}: tensor {extra[0]} has no place in this model.")
+    for name in sorted(stored):
+        if name not in shapes:
+            raise UsageError(f"{stored.files[name].path}: tensor {name} has no place in this model.")
+        found, asked = list(stored.layout(name)[1]), list(shapes[name])
+        if found != asked:
+            raise UsageError(f"{stored.files[name].path}: {name} has shape {found}; config.json asks for {asked}.")
 
 
 def load_model(checkpoint: Checkpoint, dtype: Callable[[str], torch.dtype]) -> GPT:
@@ -141,6 +316,8 @@ def load_model(checkpoint: Checkpoint, dtype: Callable[[str], torch.dtype]) -> G
     memory until it is used, and can be dropped and read again. Changing it in memory never changes the file."""
     with torch.device("meta"):
         model = GPT(checkpoint.config)
+        if checkpoint.lora is not None:
+            add_lora(model, checkpoint.lora)
     for name in list(dict(model.named_parameters())):
         owner, _, attribute = name.rpartition(".")
         # A weight cut out of a fused one is a view with strides of its own, which fused optimizers do not honour
@@ -149,65 +326,6 @@ def load_model(checkpoint: Checkpoint, dtype: Callable[[str], torch.dtype]) -> G
     if checkpoint.config.tie_embeddings:
         model.head.weight = model.embed.weight
     return model.eval()
-
-
-def write_checkpoint(
-    out_dir: Path,
-    hf_config: Mapping[str, Any],
-    layout: Layout,
-    read: Callable[[str], Tensor],
-    manifest: Mapping[str, Any],
-    tokenizer_from: Path,
-) -> dict[str, Any]:
-    """Writes a litfreeze directory that appears whole or not at all, and returns its manifest.
-
-    `read(name)` gives each tensor of `layout` when its turn comes. `manifest` holds what the caller knows (kind, base,
-    prompt, training); hashes and versions are added here. Raises UsageError if `out_dir` already holds something."""
-    with whole_directory(Path(out_dir)) as aside:
-        hashes = _write_model(aside, "litfreeze", hf_config, layout, read, tokenizer_from)
-        whole = {
-            "format": FORMAT,
-            "litfreeze": __version__,
-            **manifest,
-            "weights_hash": weights_hash(layout, hashes),
-            "tensors": hashes,
-        }
-        write_text(aside / MANIFEST, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
-    return whole
-
-
-def write_hf(out_dir: Path, checkpoint: Checkpoint) -> int:
-    """Writes `checkpoint` as a Hugging Face directory, whole or not at all, and returns how many tensors it has.
-
-    Raises UsageError if it has no tokenizer or `out_dir` already holds something."""
-    checkpoint.tokenizer()
-    model_type = checkpoint.hf_config["model_type"]
-    layout, read = as_hf(checkpoint.config, model_type, checkpoint.layout(), checkpoint.read)
-    with whole_directory(Path(out_dir)) as aside:
-        _write_model(aside, "model", checkpoint.hf_config, layout, read, checkpoint.path)
-    return len(layout)
-
-
-def _write_model(
-    directory: Path,
-    stem: str,
-    hf_config: Mapping[str, Any],
-    layout: Layout,
-    read: Callable[[str], Tensor],
-    tokenizer_from: Path,
-) -> dict[str, str]:
-    """What both kinds of directory hold: weights, config and tokenizer. Returns the hashes of the weights."""
-    hashes = write_tensors(directory, stem, layout, read)
-    write_text(directory / "config.json", json.dumps(hf_config, indent=2, ensure_ascii=False) + "\n")
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, directory / name)
-    return hashes
-
-
-def stored_as(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """`hf_config` of weights in `dtype`: transformers 4 and 5 spell the field differently, and read either."""
-    return {**hf_config, "dtype" if "dtype" in hf_config else "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def weights_hash(layout: Layout, hashes: Mapping[str, str]) -> str:

@@ -9,8 +9,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from litfreeze.checkpoint.directory import Checkpoint, stored_as, write_checkpoint
+from litfreeze.checkpoint.directory import Checkpoint, identity
 from litfreeze.checkpoint.tensors import same_bits
+from litfreeze.checkpoint.write import stored_as, write_checkpoint, write_over_base
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.model import GPT
 
@@ -57,23 +58,30 @@ class Proof:
 
 def write_trained(
     out_dir: Path,
-    base: Checkpoint,
+    checkpoint: Checkpoint,
     model: GPT,
     plan: FreezePlan,
-    save_dtype: Optional[torch.dtype],
     manifest: Mapping[str, Any],
-) -> Proof:
-    """Writes a whole checkpoint: what is frozen from `base`'s own bytes, what trained from `model`, rounded once.
+    whole: bool,
+    prove: bool = True,
+    save_dtype: Optional[torch.dtype] = None,
+) -> Optional[Proof]:
+    """Writes what a run made of `checkpoint`: what is frozen from its own bytes, what trained from `model`, rounded
+    once. One tensor is in memory at a time.
 
-    Dtypes are the base's unless `save_dtype` names one for all. One tensor is in memory at a time."""
+    `whole` writes every weight, else only what differs from the base, an adapter included. `prove` compares every
+    tensor with `checkpoint`, also those that are not written. Dtypes are those of `checkpoint` unless `save_dtype`
+    names one for all that is written."""
     weights = dict(model.named_parameters())
-    layout = {name: (save_dtype or dtype, shape) for name, (dtype, shape) in base.layout().items()}
     proof = Proof(save_dtype=save_dtype)
 
     def read(name: str) -> Tensor:
-        before, after = base.read(name), weights[name].detach()
+        before, after = checkpoint.read(name), weights[name].detach()
+        trained = name in plan.trained
+        if not prove:
+            return after if trained else before
         same = same_bits(before, after, after.dtype)
-        if name in plan.trained:
+        if trained:
             proof.trained += 1
             proof.trained_that_did_not += [name] if same else []
             rounded = not same and save_dtype is None and same_bits(after, before, before.dtype)
@@ -83,8 +91,24 @@ def write_trained(
         proof.frozen_that_changed += [] if same else [name]
         return before
 
-    config = base.hf_config if save_dtype is None else stored_as(base.hf_config, save_dtype)
-    written = write_checkpoint(out_dir, config, layout, read, manifest, base.path)
+    if whole:
+        layout = {name: (save_dtype or dtype, shape) for name, (dtype, shape) in checkpoint.layout().items()}
+        config = checkpoint.hf_config if save_dtype is None else stored_as(checkpoint.hf_config, save_dtype)
+        manifest = {**manifest, "base": identity(checkpoint, Path(out_dir))}
+        written = write_checkpoint(out_dir, config, layout, read, manifest, checkpoint.tokenizer_dir)
+    else:
+        names = plan.trained.union(checkpoint.tensors if checkpoint.base is not None else ())
+
+        def dtype(name: str) -> torch.dtype:
+            return save_dtype if save_dtype is not None and name in names else checkpoint.dtype(name)
+
+        written = write_over_base(out_dir, checkpoint, names, dtype, read, manifest)
+    if not prove:
+        return None
+    hashes = written["tensors"] if whole else {**checkpoint.whole.tensor_hashes, **written["tensors"]}
+    for name in weights:
+        if name not in written["tensors"]:
+            read(name)
     frozen = sorted(name for name in weights if name not in plan.trained)
-    proof.sha256 = hashlib.sha256("".join(written["tensors"][name] for name in frozen).encode()).hexdigest()
+    proof.sha256 = hashlib.sha256("".join(hashes[name] for name in frozen).encode()).hexdigest()
     return proof

@@ -13,6 +13,8 @@ Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 def setup(
     checkpoint_dir: Optional[Path] = None,
     out_dir: Optional[Path] = None,
+    base_dir: Optional[Path] = None,
+    resume: Union[bool, Path] = False,
     trainable_layers: Layers = None,
     trainable_modules: Names = None,
     trainable_extra: Names = None,
@@ -25,6 +27,7 @@ def setup(
     train: TrainArgs = TrainArgs(),
     eval: EvalArgs = EvalArgs(),
     precision: Optional[Precision] = None,
+    save: Literal["full", "delta", "both"] = "full",
     save_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None,
     accelerator: str = "auto",
     devices: Union[int, str] = "auto",
@@ -36,6 +39,8 @@ def setup(
     Args:
         checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
         out_dir: Where the run is written; by default a new folder `out/finetune/full`.
+        base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
+        resume: Go on with an interrupted run: its folder, or the newest one if none is named. It keeps its options.
         trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  all  none. By default
             the whole model trains.
         trainable_modules: Inside those blocks only: attn, mlp, norm, q_proj, ...; a glob; or re:... on full names.
@@ -49,40 +54,57 @@ def setup(
         train: How long and how fast to train.
         eval: When to measure.
         precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
+        save: The final checkpoint as a whole, as a delta (only what trained, over its base), or as both. What is saved
+            on the way is always a delta.
         save_dtype: Save in this dtype in place of the base's; float32 keeps the trained masters unrounded.
         accelerator: cpu, cuda, mps or auto.
         devices: How many, or which ones (0,2).
         num_nodes: Machines in the run.
         seed: Fixes the order of the records and every other draw.
     """
-    options = dict(locals())
+    given = dict(locals())
 
     import torch
 
-    from litfreeze.checkpoint.trained import write_trained
-    from litfreeze.finetune.setting import open_base, recipe_yaml, with_demo_defaults
+    from litfreeze.errors import UsageError
+    from litfreeze.finetune.setting import open_base, recipe_yaml, settled, with_demo_defaults
     from litfreeze.freeze.words import plan_from_words
     from litfreeze.launch import build_fabric, launch
-    from litfreeze.train.run import Job, run
+    from litfreeze.train.job import Job
+    from litfreeze.train.run import run
 
-    base = open_base(checkpoint_dir, untie_embeddings)
+    o = settled(setup, "full", given)
+    checkpoint = open_base(o.checkpoint_dir, o.untie_embeddings, o.base_dir)
+    if checkpoint.lora is not None:
+        raise UsageError(
+            f"{checkpoint.path} is an adapter. Fold it into its base first (litfreeze merge_lora --checkpoint_dir "
+            f"{checkpoint.path}), or go on with litfreeze finetune lora."
+        )
     plan = plan_from_words(
-        base.config,
-        trainable_layers=trainable_layers,
-        trainable_modules=trainable_modules,
-        trainable_extra=trainable_extra,
-        freeze_trainable_layers=freeze_trainable_layers,
-        freeze_trainable_modules=freeze_trainable_modules,
-        freeze_extra_modules=freeze_extra_modules,
-        freeze_trainable_layers_ids=freeze_trainable_layers_ids,
+        checkpoint.config,
+        trainable_layers=o.trainable_layers,
+        trainable_modules=o.trainable_modules,
+        trainable_extra=o.trainable_extra,
+        freeze_trainable_layers=o.freeze_trainable_layers,
+        freeze_trainable_modules=o.freeze_trainable_modules,
+        freeze_extra_modules=o.freeze_extra_modules,
+        freeze_trainable_layers_ids=o.freeze_trainable_layers_ids,
     )
-    data, train = with_demo_defaults(checkpoint_dir, data, train, lr=5e-5, epochs=3)
-    fabric, kept = build_fabric(accelerator, devices, num_nodes, precision)
-
-    def writer(directory, model, manifest):
-        dtype = getattr(torch, save_dtype) if save_dtype else None
-        return write_trained(directory, base, model, plan, dtype, manifest)
-
-    recipe = recipe_yaml(setup, {**options, "train": train, "precision": kept.name})
-    job = Job("full", base, plan, writer, kept, data, train, eval, out_dir and Path(out_dir), seed, recipe)
+    data, train = with_demo_defaults(o.checkpoint_dir, o.data, o.train, lr=5e-5, epochs=3)
+    fabric, kept = build_fabric(o.accelerator, o.devices, o.num_nodes, o.precision)
+    job = Job(
+        method="full",
+        checkpoint=checkpoint,
+        plan=plan,
+        precision=kept,
+        data=data,
+        train=train,
+        eval=o.eval,
+        out_dir=o.out_dir and Path(o.out_dir),
+        seed=o.seed,
+        recipe=recipe_yaml(setup, {**vars(o), "train": train, "precision": kept.name}),
+        save=o.save,
+        save_dtype=getattr(torch, o.save_dtype) if o.save_dtype else None,
+        resume=bool(o.resume),
+    )
     return launch(fabric, run, job)

@@ -1,36 +1,80 @@
-"""What every finetune script settles first: the checkpoint, the data and the defaults of the embedded demo."""
+"""What every finetune script settles first: its options, the checkpoint, the data and the defaults of the demo."""
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional, Union
 
 import yaml
 
 from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint
+from litfreeze.checkpoint.resume import read_facts
+from litfreeze.cli import arguments
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_DEFAULTS, TRAIN_FILE, VAL_FILE
+from litfreeze.errors import UsageError
+from litfreeze.outputs import last_resumable
 from litfreeze.train.args import TrainArgs
 
+DEVICES = ("accelerator", "devices", "num_nodes")  # what a resumed run may be told anew
 
-def open_base(checkpoint_dir: Optional[Path], untie_embeddings: bool = False) -> Checkpoint:
+
+def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any]) -> SimpleNamespace:
+    """The options a run goes by: those given or, with `resume`, those of the interrupted run, whose folder `out_dir` is
+    then. Raises UsageError if there is nothing to resume, or options are given that could not be honoured."""
+    given = SimpleNamespace(**options)
+    if not given.resume:
+        return given
+    defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
+    changed = _changed(options, defaults)
+    if other := [name for name in changed if name not in ("resume", *DEVICES)]:
+        raise UsageError(
+            f"--{_first_leaf(other[0], changed)} stands beside --resume: an interrupted run goes on with its own "
+            "options. Leave it out, or start a new run."
+        )
+    run_dir = last_resumable(method) if str(given.resume) in ("True", "auto") else Path(given.resume)
+    facts = read_facts(run_dir)
+    if facts.get("method") != method:
+        raise UsageError(f"--resume {run_dir} is a run of finetune {facts.get('method')}, not of {method}.")
+    own = arguments(f"finetune {method}", script, facts["recipe"])
+    folder = Path(facts.get("folder", "."))  # relative paths were meant from there
+    for name in ("checkpoint_dir", "base_dir"):
+        own[name] = own[name] and folder / own[name]
+    for name in ("path", "val_path"):
+        setattr(own["data"], name, getattr(own["data"], name) and folder / getattr(own["data"], name))
+    kept = {name: options[name] for name in DEVICES if name in changed}
+    return SimpleNamespace(**{**own, **kept, "out_dir": run_dir, "resume": run_dir})
+
+
+def open_base(
+    checkpoint_dir: Optional[Path],
+    untie_embeddings: bool = False,
+    base_dir: Optional[Path] = None,
+    force_base: bool = False,
+) -> Checkpoint:
     """The checkpoint to start from, the embedded demo model if none is named."""
-    checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR)
+    checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir, force_base)
     return checkpoint.untied() if untie_embeddings else checkpoint
 
 
 def with_demo_defaults(
-    checkpoint_dir: Optional[Path], data: Union[DataArgs, Path, str], train: TrainArgs, lr: float, epochs: int
+    checkpoint_dir: Optional[Path],
+    data: Union[DataArgs, Path, str],
+    train: TrainArgs,
+    lr: float,
+    epochs: int,
+    demo: Mapping[str, Any] = TRAIN_DEFAULTS,
 ) -> tuple[DataArgs, TrainArgs]:
-    """Fills in what was left open: the embedded utterances, and `lr` and `epochs` (of the demo, for its model).
+    """Fills in what was left open: the embedded utterances, and `lr` and `epochs` (those of `demo`, for its model).
 
     A bare path stands for `DataArgs(path)`."""
     data = data if isinstance(data, DataArgs) else DataArgs(path=Path(data))
     if data.path is None:
         own_split = data.val_path is not None or data.val_split_fraction is not None
         data = replace(data, path=TRAIN_FILE, val_path=data.val_path if own_split else VAL_FILE)
-    settled = {"lr": lr, "epochs": epochs, **(TRAIN_DEFAULTS if checkpoint_dir is None else {})}
+    settled = {"lr": lr, "epochs": epochs, **(demo if checkpoint_dir is None else {})}
     if train.max_steps is not None:
         settled.pop("epochs")  # the steps say how long
     return data, replace(train, **{name: value for name, value in settled.items() if getattr(train, name) is None})
@@ -40,7 +84,8 @@ def recipe_yaml(script: Callable[..., Any], options: Mapping[str, Any]) -> str:
     """Those `options` of `script` that are not its defaults, as YAML that `--config` takes. `out_dir` is left out, so
     that the recipe can be run again."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
-    chosen = _changed({name: value for name, value in options.items() if name != "out_dir"}, defaults)
+    left_out = ("out_dir", "resume")
+    chosen = _changed({name: value for name, value in options.items() if name not in left_out}, defaults)
     return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
 
 
@@ -53,3 +98,8 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
         if value != default:
             changed[name] = str(value) if isinstance(value, Path) else value
     return changed
+
+
+def _first_leaf(name: str, values: Mapping[str, Any]) -> str:
+    """'train.lr', where 'train' is a group of which lr is given."""
+    return f"{name}.{next(iter(values[name]))}" if isinstance(values[name], dict) and values[name] else name

@@ -20,7 +20,7 @@ GRAMMAR = "10,11  0-3  -1  -2:  last:8  first:4  every:4  20%-80%  all  none"
 WORDS = ("all", "none", "first", "last", "every")
 
 
-def parse_layers(spec: Spec, n_layer: int) -> list[int]:
+def parse_layers(spec: Spec, n_layer: int, option: str = "trainable_layers") -> list[int]:
     """The sorted block ids that `spec` names in a model of `n_layer` blocks.
 
     Parts are joined by commas (or are the elements of a list), and a block named twice counts once:
@@ -28,11 +28,12 @@ def parse_layers(spec: Spec, n_layer: int) -> list[int]:
     exclusive); `-2:` is from there to the top; `first:4` and `last:8` count from an end; `every:4` is the 4th, 8th, …
     block, as LLaMA-Pro spaces its own; `all`; `none` stands alone.
 
-    Raises UsageError for anything else: out of range, falling or empty ranges, empty parts, nonsense."""
-    parts = _parts(spec, n_layer)
+    Raises UsageError for anything else: out of range, falling or empty ranges, empty parts, nonsense. Its text names
+    `option`, where the words came from."""
+    parts = _parts(spec, option)
     if "none" in parts:
         if len(parts) > 1:
-            raise UsageError(f"--trainable_layers {_show(spec)}: 'none' stands alone.")
+            raise UsageError(f"--{option} {_show(spec)}: 'none' stands alone.")
         return []
     chosen: set[int] = set()
     for part in parts:
@@ -52,20 +53,20 @@ def format_layers(ids: Iterable[int]) -> str:
     return ",".join(shown) or "none"
 
 
-def _parts(spec: Spec, n_layer: int) -> list[str]:
+def _parts(spec: Spec, option: str) -> list[str]:
     single = isinstance(spec, (str, SupportsIndex)) and not getattr(spec, "shape", ())  # an array is a list
     if not single and (not isinstance(spec, Iterable) or isinstance(spec, (dict, bytes))):
-        raise UsageError(f"--trainable_layers takes {GRAMMAR}, not {spec!r}.")
+        raise UsageError(f"--{option} takes {GRAMMAR}, not {spec!r}.")
     items = [spec] if single else list(spec)
     if not items:
-        raise UsageError("--trainable_layers is an empty list. Say none to train no block.")
+        raise UsageError(f"--{option} is an empty list. Say none for no block.")
     parts: list[str] = []
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (str, SupportsIndex)):
-            raise UsageError(f"--trainable_layers takes ids and ranges, not {item!r}. Examples: {GRAMMAR}.")
+            raise UsageError(f"--{option} takes ids and ranges, not {item!r}. Examples: {GRAMMAR}.")
         parts += [part.strip() for part in (item if isinstance(item, str) else str(index(item))).split(",")]
     if "" in parts:
-        raise UsageError(f"--trainable_layers {_show(spec)} has an empty part. Examples: {GRAMMAR}.")
+        raise UsageError(f"--{option} {_show(spec)} has an empty part. Examples: {GRAMMAR}.")
     return parts
 
 

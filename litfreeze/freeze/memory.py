@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.precision import Precision
 
 ROWS = 1024  # rows of logits that the loss makes at once
@@ -27,7 +27,8 @@ def estimate_memory(plan: FreezePlan, precision: Precision, batch_tokens: int, t
 
     Activations are what autograd keeps: nothing below the lowest trained block, the input of a linear layer only where
     its weight trains, the logits of `ROWS` targets at a time, and under mixed precision the masters' low-precision
-    casts."""
+    casts. An adapter adds its input (and under dropout a copy of its own), what lies between A and B and, for DoRA,
+    what its magnitudes scale."""
     trained = plan.n_trained
     frozen = plan.n_parameters - trained
     activations = batch_tokens * sum(_per_token(plan, precision, i) for i in range(max(plan.lowest, 0), plan.n_layer))
@@ -47,14 +48,22 @@ def _per_token(plan: FreezePlan, precision: Precision, i: int) -> int:
     width, wide = config.n_embd, config.intermediate_size
     trained = plan.trained_in_block(i)
 
+    lora = plan.lora
+    adapted = [module for module in (lora.ranks if lora else ()) if block_of(module) == i]
+    shared = adapted if lora and lora.dropout == 0 else []  # under dropout each adapter keeps an input of its own
+
     def trains(*modules: str) -> bool:
-        return any(f".{module}.weight" in name for name in trained for module in modules)
+        ends = tuple(f".{module}" for module in modules)
+        return any(n.removesuffix(".weight").endswith(ends) for n in trained) or any(m.endswith(ends) for m in shared)
 
     stream = 4 * width  # what enters and leaves the two norms, in the residual stream's dtype
     inside = 2 * (config.n_head + config.n_query_groups) * config.head_size  # q, k, v and what attention gives
     inside += 3 * wide if config.mlp == "gated" else wide  # what the activation and the product need
     inside += width * (trains("q_proj", "k_proj", "v_proj") + trains("gate_proj", "up_proj"))
     inside += wide * trains("down_proj")
+    for module in adapted:
+        into, out = (plan.sizes[name] // lora.ranks[module] for name in lora.parameters(module)[:2])
+        inside += lora.ranks[module] + 2 * into * (lora.dropout > 0) + out * lora.dora
     return stream * precision.stream.itemsize + inside * precision.compute.itemsize
 
 

@@ -4,7 +4,7 @@ The only place that decides `requires_grad`. The optimizer, the writer, the repo
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Optional
 
@@ -14,7 +14,7 @@ from torch import nn
 from litfreeze.config import Config
 from litfreeze.errors import RunError, UsageError, did_you_mean
 from litfreeze.freeze.layers import Spec, format_layers, parse_layers
-from litfreeze.model import meta_parameters
+from litfreeze.lora import B, LoRA, is_lora, linear_layers, model_parameters
 
 EXTRAS = ("embed", "head", "final_norm")
 NORMS = ("norm_1", "norm_2", "q_norm", "k_norm")
@@ -25,8 +25,10 @@ class FreezePlan:
     """Which parameters train. Names are those of `GPT.named_parameters()`, matched whole: block 1 is never block 10."""
 
     config: Config
-    sizes: Mapping[str, int]  # every parameter -> elements
+    sizes: Mapping[str, int]  # every parameter -> elements, an adapter's included
     trained: frozenset[str]
+    lora: Optional[LoRA] = None
+    lr_scales: Mapping[str, float] = field(default_factory=dict)  # parameter -> times the learning rate, if not 1
 
     @classmethod
     def everything(cls, config: Config) -> "FreezePlan":
@@ -47,11 +49,36 @@ class FreezePlan:
         chosen = set(parse_layers(layers, config.n_layer))
         inside = [name for name in sizes if block_of(name) in chosen]
         if modules is not None:
-            inside = _narrow(inside, list(modules), all_names=[n for n in sizes if block_of(n) is not None])
+            inside = narrow(inside, list(modules), all_names=[n for n in sizes if block_of(n) is not None])
         trained = frozenset(inside) | _outside(config, sizes, list(extra))
         if not trained:
             raise UsageError("Nothing would train: name layers, or --trainable_extra embed, head or final_norm.")
         return cls(config, sizes, trained)
+
+    @classmethod
+    def adapter(
+        cls,
+        config: Config,
+        lora: LoRA,
+        full: Iterable[str] = (),
+        lora_plus_ratio: float = 1.0,
+        full_lr_ratio: float = 1.0,
+    ) -> "FreezePlan":
+        """The adapter trains, and the weights `full` themselves.
+
+        LoRA+ (Hayou et al., arXiv 2402.12354) trains B at `lora_plus_ratio` times the learning rate; `full` train at
+        `full_lr_ratio` times it. Raises UsageError if a layer would carry an adapter and train in full too."""
+        full = frozenset(full)
+        if both := sorted(name for name in lora.ranks if f"{name}.weight" in full):
+            raise UsageError(f"{both[0]} cannot train in full and carry an adapter too. Leave it out of one of them.")
+        trained = full.union(*(lora.parameters(module) for module in lora.ranks))
+        scales = dict.fromkeys(full, full_lr_ratio) | {f"{module}.{B}": lora_plus_ratio for module in lora.ranks}
+        scales = {name: scale for name, scale in scales.items() if scale != 1}
+        return cls(config, _sizes(config, lora), trained, lora, scales)
+
+    def lr_scale(self, name: str) -> float:
+        """What the learning rate is multiplied by for the parameter `name`."""
+        return self.lr_scales.get(name, 1.0)
 
     def apply(self, model: nn.Module) -> None:
         """Sets requires_grad on every parameter of `model`."""
@@ -119,19 +146,23 @@ class FreezePlan:
             run.append(i)
         flush()
         rows.append(self._row("final_norm", self._part("final_norm")))
-        if not self.config.tie_embeddings:
+        if self._part("head"):
             rows.append(self._row("head", self._part("head")))
         rows.append(("total", "", self.n_trained, self.n_parameters))
         return _format_rows(rows)
 
     def summary(self) -> str:
         """One line: what trains, and its share."""
-        outside = [e for e in EXTRAS if any(n in self.trained for n in self._part(e))]
-        blocks = [f"block{'s' * (len(self.layers) > 1)} {format_layers(self.layers)}"] if self.layers else []
-        partly = any(
-            self._state(i) != frozenset(_inner(n) for n in self.sizes if block_of(n) == i) for i in self.layers
-        )
+        full = [name for name in self.trained if not is_lora(name)]
+        layers = sorted({block_of(name) for name in full} - {None})
+        blocks = [_blocks(layers)] if layers else []
+        outside = [e for e in EXTRAS if any(n in full for n in self._part(e))]
+        partly = any(n not in self.trained for n in self.sizes if block_of(n) in layers and not is_lora(n))
         what = " + ".join(blocks + outside) + (" (in part)" if partly else "")
+        if self.lora is not None:
+            adapted = sorted({block_of(module) for module in self.lora.ranks} - {None})
+            where = ([_blocks(adapted)] if adapted else []) + (["head"] if "head" in self.lora.ranks else [])
+            what = f"{self.lora.describe()} on {' + '.join(where)}" + (f", and in full {what}" if full else "")
         share = 100 * self.n_trained / self.n_parameters
         return f"{what}: {self.n_trained:,} of {self.n_parameters:,} parameters train ({share:.2f} %)"
 
@@ -144,13 +175,18 @@ class FreezePlan:
 
     def _row(self, label: str, names: list[str]) -> tuple[str, str, int, int]:
         trained = [name for name in names if name in self.trained]
-        if not trained:
-            state = "frozen"
-        elif len(trained) == len(names):
-            state = "trains"
-        else:
-            modules = sorted({_inner(name).removesuffix(".weight") for name in trained})
-            state = "trains " + ", ".join(modules[:4]) + (f" and {len(modules) - 4} more" if len(modules) > 4 else "")
+        full = [name for name in trained if not is_lora(name)]
+        states = []
+        if full:
+            partly = len(full) < sum(not is_lora(name) for name in names)
+            part = sorted({_inner(name).removesuffix(".weight") for name in full}) if partly else []
+            states.append(" ".join(["trains", *([_few(part)] if part else [])]))
+        if len(trained) > len(full):
+            adapted = dict.fromkeys(name.rpartition(".")[0] for name in trained if is_lora(name))
+            linear = [module for module in linear_layers(self.config) if any(n.startswith(f"{module}.") for n in names)]
+            each = list(dict.fromkeys(module.rpartition(".")[2] for module in adapted))
+            states.append("LoRA on " + ("every linear layer" if len(adapted) == len(linear) > 1 else _few(each)))
+        state = "; ".join(states) or "frozen"
         return label, state, sum(self.sizes[n] for n in trained), sum(self.sizes[n] for n in names)
 
 
@@ -165,14 +201,22 @@ def _inner(name: str) -> str:
     return name.split(".", 2)[2]
 
 
-def _sizes(config: Config) -> dict[str, int]:
-    return {name: parameter.numel() for name, parameter in meta_parameters(config).items()}
+def _few(words: list[str]) -> str:
+    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
 
-def _narrow(inside: list[str], words: list[str], all_names: list[str]) -> list[str]:
-    """Those of `inside` that one of `words` names; every word must name something."""
+def _blocks(layers: list[int]) -> str:
+    return f"block{'s' * (len(layers) > 1)} {format_layers(layers)}"
+
+
+def _sizes(config: Config, lora: Optional[LoRA] = None) -> dict[str, int]:
+    return {name: parameter.numel() for name, parameter in model_parameters(config, lora).items()}
+
+
+def narrow(inside: list[str], words: list[str], all_names: list[str], option: str = "trainable_modules") -> list[str]:
+    """Those of the parameters `inside` that one of `words` names; every word must name something."""
     if not words or "" in words:
-        raise UsageError(f"--trainable_modules has an empty part. Modules: {_known(all_names)}.")
+        raise UsageError(f"--{option} has an empty part. Modules: {_known(all_names)}.")
     kept: set[str] = set()
     for word in words:
         matched = {name for name in inside if _matches(word, name)}
@@ -182,7 +226,7 @@ def _narrow(inside: list[str], words: list[str], all_names: list[str]) -> list[s
             )
             known = _known(all_names)
             raise UsageError(
-                f"--trainable_modules {word!r} matches nothing {where}.{did_you_mean(word, known.split(', '))} "
+                f"--{option} {word!r} matches nothing {where}.{did_you_mean(word, known.split(', '))} "
                 f"Modules: {known}; or a glob such as '*.q_proj.*', or re:… on full names."
             )
         kept |= matched
@@ -194,7 +238,7 @@ def _matches(word: str, name: str) -> bool:
         try:
             return re.fullmatch(word[3:], name) is not None
         except re.error as error:
-            raise UsageError(f"--trainable_modules {word!r} is no regular expression: {error}.") from None
+            raise UsageError(f"{word!r} is no regular expression: {error}.") from None
     if any(sign in word for sign in "*?["):
         return fnmatchcase(name, word) or fnmatchcase(name.rpartition(".")[0], word)
     components = _inner(name).split(".")
@@ -204,7 +248,9 @@ def _matches(word: str, name: str) -> bool:
 def _known(names: list[str]) -> str:
     """The words that name a module here."""
     components = dict.fromkeys(c for name in names for c in _inner(name).split(".") if c not in ("weight", "bias"))
-    return ", ".join(["norm", *components] + (["bias"] if any(n.endswith(".bias") for n in names) else []))
+    norm = ["norm"] if any(component in NORMS for component in components) else []
+    bias = ["bias"] if norm and any(name.endswith(".bias") for name in names) else []
+    return ", ".join([*norm, *components, *bias])
 
 
 def _outside(config: Config, sizes: Mapping[str, int], words: list[str]) -> frozenset[str]:
@@ -216,7 +262,7 @@ def _outside(config: Config, sizes: Mapping[str, int], words: list[str]) -> froz
     if "head" in words and "embed" not in words and config.tie_embeddings:
         raise UsageError(
             "The head is tied to the embedding: they are one tensor, so the head cannot train alone. "
-            "Say --trainable_extra embed,head to train it as both, or --untie_embeddings true to give the head its own."
+            "Say --trainable_extra embed,head to train it as both, or --untie_embeddings to give the head its own."
         )
     begins = tuple(f"{word}." for word in words) + (("pos_embed.",) if "embed" in words else ())
     return frozenset(name for name in sizes if name.startswith(begins)) if begins else frozenset()

@@ -1,15 +1,25 @@
-"""From the command line's words to a plan: ours (`--trainable_…`) and LLaMA-Factory's (`--freeze_…`)."""
+"""From the command line's words to what trains: ours (`--trainable_…`, `--lora_…`), LLaMA-Factory's (`--freeze_…`)."""
 
 from typing import Optional
 
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
-from litfreeze.freeze.layers import Names, Spec
-from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.layers import Names, Spec, parse_layers
+from litfreeze.freeze.plan import FreezePlan, block_of, narrow
+from litfreeze.lora import linear_layers
 
 # LLaMA-Factory takes the names of transformers' modules
 MODULE_ALIASES = {"self_attn": "attn", "input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"}
 EXTRA_ALIASES = {"embed_tokens": "embed", "lm_head": "head", "norm": "final_norm"}
+
+
+def weights_in_full(config: Config, layers: Optional[Spec], extra: Names) -> frozenset[str]:
+    """The weights that train themselves beside an adapter: all of the blocks `layers`, and the extras."""
+    if layers is None and extra is None:
+        return frozenset()
+    parse_layers("none" if layers is None else layers, config.n_layer, option="full_layers")
+    words = [EXTRA_ALIASES.get(word, word) for word in _split(extra) or ()]
+    return FreezePlan.choose(config, "none" if layers is None else layers, extra=words).trained
 
 
 def plan_from_words(
@@ -41,6 +51,27 @@ def plan_from_words(
         modules = None if modules == ["all"] else modules
     extra = [EXTRA_ALIASES.get(word, word) for word in extra or ()]
     return FreezePlan.choose(config, "all" if layers is None else layers, modules, extra)
+
+
+def adapter_targets(config: Config, layers: Spec, targets: Names) -> list[str]:
+    """The linear layers that `targets` name inside the blocks `layers`: all of them, or modules as for
+    `--trainable_modules`; `head` stands outside the blocks. In the model's order.
+
+    Raises UsageError for a word that matches nothing, and if nothing is left."""
+    chosen = set(parse_layers(layers, config.n_layer))
+    words = _split(targets)
+    linear = linear_layers(config)
+    inside = [f"{module}.weight" for module in linear if block_of(module) in chosen]
+    named = [MODULE_ALIASES.get(word, word) for word in words if EXTRA_ALIASES.get(word, word) not in ("head", "all")]
+    found = set(inside) if "all" in words else set()
+    if named:
+        everywhere = [f"{module}.weight" for module in linear if block_of(module) is not None]
+        found |= set(narrow(inside, named, everywhere, option="lora_targets"))
+    if any(EXTRA_ALIASES.get(word, word) == "head" for word in words):
+        found.add("head.weight")
+    if not found:
+        raise UsageError("No layer is left to adapt: name blocks with --trainable_layers, or --lora_targets head.")
+    return [module for module in linear if f"{module}.weight" in found]
 
 
 def _count_from_an_end(count: Optional[int], n_layer: int) -> Optional[Spec]:

@@ -10,6 +10,7 @@ DEFAULT_PROMPT = "Book a table for"
 def setup(
     prompt: str = DEFAULT_PROMPT,
     checkpoint_dir: Optional[Path] = None,
+    base_dir: Optional[Path] = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: Optional[int] = None,
@@ -28,7 +29,8 @@ def setup(
 
     Args:
         prompt: What to answer.
-        checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
+        checkpoint_dir: A litfreeze, Hugging Face or PEFT directory; without it, the embedded demo model.
+        base_dir: The base of an adapter or of a delta, where it is not where it was.
         max_new_tokens: Stop after this many tokens.
         temperature: 0 takes the likeliest token; higher is more varied.
         top_k: Draw among the k likeliest tokens only.
@@ -55,7 +57,7 @@ def setup(
     if "" in stops:
         raise UsageError("--stop is empty.")
     sampling = Sampling(temperature, top_k, top_p)
-    checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR)
+    checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir)
     tokenizer = checkpoint.tokenizer()
     if prompt_style is None and checkpoint.prompt is None and tokenizer.chat_template is None:
         prompt_style = "plain"

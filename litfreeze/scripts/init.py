@@ -22,7 +22,7 @@ def setup(
     """
     import torch
 
-    from litfreeze.checkpoint.directory import stored_as, write_checkpoint
+    from litfreeze.checkpoint.write import stored_as, write_checkpoint
     from litfreeze.config import PRESETS, Config, read_json
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError, did_you_mean

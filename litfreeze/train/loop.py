@@ -15,7 +15,7 @@ from litfreeze.data.samples import IGNORE, Sample, Samples
 from litfreeze.errors import RunError
 from litfreeze.train.args import EvalArgs, TrainArgs, seconds
 from litfreeze.train.monitor import Monitor
-from litfreeze.train.optim import lr_at, warmup_steps
+from litfreeze.train.optim import lr_at, set_lr, warmup_steps
 from litfreeze.train.outcome import Outcome, Scores
 
 LOWER_LR = "Lower --train.lr, or clip harder with --train.max_norm."
@@ -55,28 +55,30 @@ def fit(
     monitor: Monitor,
     save: Callable[[str, Outcome], object],
     seed: int,
+    outcome: Optional[Outcome] = None,
 ) -> Outcome:
-    """Trains `model` (a `NextToken` under Fabric) and returns what it reached.
+    """Trains `model` (a `NextToken` under Fabric) and returns what it reached, beginning where `outcome` stands.
 
     The gradient of a step is the mean over all target tokens of its global batch, however that is cut into
     micro-batches and processes. `save(name, outcome)` writes a checkpoint. Raises RunError on a loss that is not
     finite."""
-    outcome = Outcome()
-    began = time.perf_counter()
+    outcome = outcome or Outcome()
+    began = time.perf_counter() - outcome.wall_seconds
     measure = bool(samples.val)
-    if measure and eval.initial_validation:
+    order: list[int] = []
+    if measure and eval.initial_validation and outcome.step == 0:
         outcome.before = outcome.after = validate(fabric, model, samples.val, train.micro_batch_size)
         outcome.best_loss = outcome.before.loss
         monitor.validated(0, outcome.before)
     limit = None if train.max_time is None else seconds(train.max_time)
-    worse = 0  # validations in a row that did not beat the best
     while outcome.step < schedule.max_steps and not outcome.stopped:
         epoch, within = divmod(outcome.step, schedule.steps_per_epoch)
-        if within == 0:
+        if within == 0 or not order:
             order = epoch_order(len(samples.train), seed, epoch)
         lr = lr_at(outcome.step, schedule.max_steps, schedule.warmup, train)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(optimizer, lr)
+        # Dropout draws from the step, not from what happened before it, so that a resumed run draws the same
+        torch.manual_seed((seed * 1_000_003 + outcome.step) * fabric.world_size + fabric.global_rank)
         batches = step_batches(
             samples.train,
             order,
@@ -101,15 +103,16 @@ def fit(
             if not math.isfinite(outcome.after.loss):
                 raise RunError(f"The validation loss became {outcome.after.loss} at step {outcome.step}. {LOWER_LR}")
             better = outcome.after.loss < outcome.best_loss
-            worse = 0 if better else worse + 1
+            outcome.worse = 0 if better else outcome.worse + 1
             if better:
                 outcome.best_loss, outcome.best_step = outcome.after.loss, outcome.step
                 if eval.save_best and not last:
                     outcome.best_kept = outcome.step
                     save("best", outcome)
-            if eval.patience is not None and worse >= eval.patience and not last:
-                outcome.stopped = f"{worse} validations in a row did not beat {outcome.best_loss:.4f}"
+            if eval.patience is not None and outcome.worse >= eval.patience and not last:
+                outcome.stopped = f"{outcome.worse} validations in a row did not beat {outcome.best_loss:.4f}"
         if train.save_interval and outcome.step % train.save_interval == 0 and not last:
+            outcome.wall_seconds = time.perf_counter() - began
             save(f"step-{outcome.step:06d}", outcome)
     outcome.wall_seconds = time.perf_counter() - began
     return outcome

@@ -19,10 +19,12 @@ COLUMNS = (
 
 class Monitor:
     """Writes `metrics.csv` in `out_dir` (each row reaches the disk's cache at once), TensorBoard events where it is
-    installed, and either a progress bar (on a terminal) or about twenty plain lines. Silent on ranks other than 0."""
+    installed, and either a progress bar (on a terminal) or about twenty plain lines. Silent on ranks other than 0.
 
-    def __init__(self, out_dir: Path, max_steps: int, log_interval: int, rank: int) -> None:
-        self.rows: list[dict[str, Any]] = []
+    A run that goes on after `resumed_at` steps keeps the rows up to there and writes on below them."""
+
+    def __init__(self, out_dir: Path, max_steps: int, log_interval: int, rank: int, resumed_at: int = 0) -> None:
+        self.rows: list[dict[str, Any]] = _rows_until(out_dir / "metrics.csv", resumed_at) if resumed_at else []
         self.active = rank == 0
         self.max_steps = max_steps
         self.log_interval = log_interval
@@ -33,7 +35,8 @@ class Monitor:
         if self.active:
             self.csv = (out_dir / "metrics.csv").open("w", newline="", encoding="utf-8")
             csv.DictWriter(self.csv, COLUMNS).writeheader()
-            self.events = _tensorboard(out_dir)
+            csv.DictWriter(self.csv, COLUMNS).writerows(self.rows)
+            self.events = _tensorboard(out_dir, resumed_at)
 
     def stepped(
         self, step: int, epoch: int, lr: float, loss: float, grad_norm: float, tokens: int, seconds: float
@@ -49,7 +52,7 @@ class Monitor:
             )  # fmt: skip
         if self.has_bar:
             if self.bar is None:
-                self.bar = tqdm(total=self.max_steps, unit="step", dynamic_ncols=True, leave=False)
+                self.bar = tqdm(total=self.max_steps, initial=step - 1, unit="step", dynamic_ncols=True, leave=False)
             self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             self.bar.update(step - self.bar.n)
         elif step % self.line_interval == 0 or step == self.max_steps:
@@ -98,12 +101,23 @@ class Monitor:
                     self.events.add_scalar(name, value, row["step"])
 
 
-def _tensorboard(out_dir: Path):
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of an earlier part of this run, numbers as numbers."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as lines:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+    whole = ("step", "epoch", "tokens")
+    rows = [{name: int(value) if name in whole else value for name, value in row.items()} for row in rows]
+    return [row for row in rows if row["step"] <= step]
+
+
+def _tensorboard(out_dir: Path, resumed_at: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(out_dir / "tensorboard"))
+    return SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
 
 
 def _clock(seconds: float) -> str:

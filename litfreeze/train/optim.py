@@ -14,17 +14,28 @@ def build_optimizer(model: nn.Module, plan: FreezePlan, train: TrainArgs, scaled
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the plan's parameters and no other; fused where torch has it,
     but not under loss scaling (`scaled`): a fused step unscales by itself, and clipping needs them unscaled before.
 
-    Matrices decay, norms and biases do not. The plan is checked against the model and the optimizer once more."""
-    chosen = [parameter for name, parameter in model.named_parameters() if name in plan.trained]
-    groups = [
-        {"params": [p for p in chosen if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in chosen if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = not scaled and all(p.device.type in ("cpu", "cuda") for p in chosen)
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=fused)
+    Matrices decay, norms and biases do not. A group's `lr_scale` is the plan's: what the schedule's learning rate is
+    multiplied by (see `set_lr`). The plan is checked against the model and the optimizer once more."""
+    chosen = {name: parameter for name, parameter in model.named_parameters() if name in plan.trained}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # (lr scale, weight decay) -> parameters
+    for name, parameter in chosen.items():
+        decay = train.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((plan.lr_scale(name), decay), []).append(parameter)
+    fused = not scaled and all(p.device.type in ("cpu", "cuda") for p in chosen.values())
+    optimizer = torch.optim.AdamW(
+        [{"params": held, "weight_decay": decay, "lr_scale": scale} for (scale, decay), held in groups.items()],
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        fused=fused,
+    )
     plan.check(model, optimizer)
     return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group its share of the schedule's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def lr_at(step: int, max_steps: int, warmup: int, train: TrainArgs) -> float:

@@ -17,6 +17,7 @@ from litfreeze.data.samples import IGNORE, Sample, Samples
 from litfreeze.demo import MODEL_DIR
 from litfreeze.freeze.memory import describe_memory, megabytes
 from litfreeze.freeze.plan import FreezePlan
+from litfreeze.outputs import FINAL
 from litfreeze.precision import Precision
 from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.args import TrainArgs
@@ -59,6 +60,7 @@ class Report:
     schedule: Schedule
     device: torch.device
     recipe: str
+    notes: tuple[str, ...] = ()  # where the run begins, if that is more than a model
 
     def opening(self, prompt_style: Optional[str]) -> str:
         """What will train, on what, for how long, and what it will cost."""
@@ -68,6 +70,7 @@ class Report:
         return "\n".join(
             [
                 f"Model     {self._name()} ({config.n_layer} blocks, {self.plan.n_parameters:,} parameters)",
+                *(f"          {note}" for note in self.notes),
                 f"Data      {self.samples.describe().replace(chr(10), chr(10) + ' ' * 10)}",
                 f"          {f'Prompt style: {prompt_style}' if prompt_style else 'Plain text'}.",
                 f"Run       {schedule.max_steps} steps of {self.train.global_batch_size} samples "
@@ -86,7 +89,7 @@ class Report:
 
     def closing(self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange) -> str:
         """What came of it, where it lies, and what to type next."""
-        final = shlex.quote(str(out_dir / "final"))
+        final = shlex.quote(str(out_dir / FINAL))
         question = shlex.quote(exchange.question)
         lines = ["", *self._results(outcome, proof), "", *_dialogue(exchange), ""]
         if outcome.stopped:
@@ -94,8 +97,7 @@ class Report:
         lines += [
             f"Written   {final}   (and {out_dir / 'report.md'}, loss.png, metrics.csv, recipe.yaml)",
             "Next      " + f"litfreeze generate --checkpoint_dir {final} --prompt {question}",
-            "          "
-            + f"litfreeze convert to_hf --checkpoint_dir {final} --out_dir {shlex.quote(str(out_dir / 'hf'))}",
+            f"          {self._export(final, out_dir)}",
         ]
         return "\n".join(lines)
 
@@ -141,6 +143,11 @@ class Report:
                 ]
             ),
         )
+
+    def _export(self, final: str, out_dir: Path) -> str:
+        if self.plan.lora is not None:
+            return f"litfreeze merge_lora --checkpoint_dir {final}"
+        return f"litfreeze convert to_hf --checkpoint_dir {final} --out_dir {shlex.quote(str(out_dir / 'hf'))}"
 
     def _name(self) -> str:
         return "the embedded demo model" if self.checkpoint.path == MODEL_DIR else str(self.checkpoint.path)

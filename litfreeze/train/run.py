@@ -1,31 +1,28 @@
 """One fine-tuning run, from an opened checkpoint and a plan to a finished directory.
 
-Every method comes through here; it brings its plan (what trains) and its writer (what is saved)."""
+Every method comes through here; it brings its plan: what trains."""
 
 import random
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from lightning.fabric import Fabric
 
-from litfreeze.checkpoint.directory import Checkpoint, load_model
-from litfreeze.checkpoint.tensors import replace_directory
+from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
+from litfreeze.checkpoint.merge import FoldedTensors, write_merged
+from litfreeze.checkpoint.resume import restore
 from litfreeze.checkpoint.trained import Proof
-from litfreeze.data.args import DataArgs
 from litfreeze.data.prompt import Prompt
 from litfreeze.data.samples import Samples, load_samples
 from litfreeze.errors import RunError, UsageError
-from litfreeze.freeze.layers import format_layers
-from litfreeze.freeze.plan import FreezePlan
 from litfreeze.generate.sample import generate_tokens
 from litfreeze.model import GPT
-from litfreeze.precision import Precision
+from litfreeze.outputs import BEST, FINAL, MERGED_BASE, claim, used
 from litfreeze.tokenizer import Tokenizer
-from litfreeze.train.args import EvalArgs, TrainArgs
+from litfreeze.train.job import Job, Result
+from litfreeze.train.keep import Keeper
 from litfreeze.train.loop import Schedule, fit
 from litfreeze.train.loss import NextToken
 from litfreeze.train.monitor import Monitor
@@ -35,40 +32,10 @@ from litfreeze.train.report import Exchange, Report
 
 MAX_SEQ_LENGTH = 1024  # unless --data.max_seq_length says otherwise
 
-Writer = Callable[[Path, GPT, Mapping[str, Any]], Proof]
-"""Saves `model` to a new directory with the manifest's fields, and compares it with what the run began from."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a run needs, settled before the first process starts."""
-
-    method: str  # "full", …: names the default out_dir and stands in the checkpoint
-    checkpoint: Checkpoint
-    plan: FreezePlan
-    writer: Writer
-    precision: Precision
-    data: DataArgs
-    train: TrainArgs  # lr and epochs filled in
-    eval: EvalArgs
-    out_dir: Optional[Path]
-    seed: int
-    recipe: str  # YAML of the options, for --config
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run left: where, what it reached, and the proof about its frozen tensors."""
-
-    out_dir: Path
-    checkpoint_dir: Path
-    outcome: Outcome
-    proof: Proof
-
 
 def run(fabric: Fabric, job: Job) -> Result:
     """The run, on one of `fabric`'s processes. Raises UsageError before training starts, RunError after."""
-    if job.out_dir is not None and _used(job.out_dir):
+    if job.out_dir is not None and used(job.out_dir) and not job.resume:
         what = "already holds something" if job.out_dir.is_dir() else "is a file"
         raise UsageError(f"--out_dir {job.out_dir} {what}. Choose another, or move it away.")
     fabric.seed_everything(job.seed, workers=False, verbose=False)
@@ -78,36 +45,48 @@ def run(fabric: Fabric, job: Job) -> Result:
     prompted = any(len(sample.prompt_tokens) for sample in samples.train)  # plain text has no prompt
     saved_prompt = prompt.to_dict() if prompted else job.checkpoint.prompt
     schedule = Schedule.plan(len(samples.train), job.train, job.eval)
-    out_dir = fabric.broadcast(_claim(job.out_dir, job.method) if fabric.is_global_zero else None)
+    out_dir = fabric.broadcast(claim(job.out_dir, job.method) if fabric.is_global_zero else None)
+    job = replace(job, checkpoint=_with_base_on_disk(fabric, job.checkpoint, out_dir))
+    keeper = Keeper(job, out_dir, samples, schedule, saved_prompt)
+    outcome, answer_before = keeper.point() if job.resume else (Outcome(), None)
 
-    report = Report(job.checkpoint, job.plan, job.precision, job.train, samples, schedule, fabric.device, job.recipe)
-    monitor = Monitor(out_dir, schedule.max_steps, job.train.log_interval, fabric.global_rank)
+    report = Report(
+        job.checkpoint, job.plan, job.precision, job.train, samples, schedule, fabric.device, job.recipe, job.notes
+    )
+    monitor = Monitor(out_dir, schedule.max_steps, job.train.log_interval, fabric.global_rank, outcome.step)
     monitor.say(report.opening(prompt.style if prompted else None))
     try:
         gpt = load_model(job.checkpoint, lambda n: job.precision.kept(n in job.plan.trained))
         job.plan.apply(gpt)
         model = fabric.setup_module(NextToken(gpt))
-        optimizer = fabric.setup_optimizers(build_optimizer(gpt, job.plan, job.train, job.precision.name == "16-mixed"))
+        plain = build_optimizer(gpt, job.plan, job.train, job.precision.name == "16-mixed")
+        optimizer = fabric.setup_optimizers(plain)
+        exchange = Exchange.first(tokenizer, samples.val or samples.train)
+        answer_length = job.eval.max_new_tokens
+        if job.resume:
+            restore(out_dir, gpt, plain)
+            exchange.before = answer_before
+            monitor.say(f"Resumed after step {outcome.step} of {schedule.max_steps}.")
+        else:
+            exchange.before = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
 
         def save(name: str, outcome: Outcome) -> Optional[Proof]:
             proof = None
-            if fabric.is_global_zero:
-                manifest = _manifest(job, saved_prompt, schedule, outcome)
-                proof = _write(job.writer, out_dir / name, gpt, manifest)
-                _keep_last(out_dir, job.train.keep_last or 2)
+            if fabric.is_global_zero and name in (BEST, FINAL):
+                proof = keeper.checkpoint(name, gpt, outcome)
+            elif fabric.is_global_zero:
+                keeper.interval(name, gpt, plain, outcome, exchange.before)
             return fabric.broadcast(proof)
 
-        exchange = Exchange.first(tokenizer, samples.val or samples.train)
-        answer_length = job.eval.max_new_tokens
-        exchange.before = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
-        outcome = fit(fabric, model, optimizer, samples, schedule, job.train, job.eval, monitor, save, job.seed)
+        outcome = fit(
+            fabric, model, optimizer, samples, schedule, job.train, job.eval, monitor, save, job.seed, outcome
+        )
         exchange.after = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
-        proof = save("final", outcome)
-        if fabric.is_global_zero and outcome.best_step == outcome.step:
-            shutil.rmtree(out_dir / "best", ignore_errors=True)  # an earlier one, and worse than the final
+        proof = save(FINAL, outcome)
+        if fabric.is_global_zero:
+            keeper.done(outcome)
     except KeyboardInterrupt:
-        kept = sorted(child.name for child in out_dir.iterdir() if (child / "litfreeze.json").is_file())
-        monitor.say(f"Stopped by hand. Kept in {out_dir}: {', '.join(kept) or 'no checkpoint yet'}.")
+        monitor.say(keeper.stopped())
         raise
     finally:
         monitor.close()
@@ -116,7 +95,7 @@ def run(fabric: Fabric, job: Job) -> Result:
         monitor.say(report.closing(out_dir, outcome, proof, exchange))
     if proof.frozen_that_changed:
         raise RunError(f"Frozen tensors changed, which is a fault of litfreeze's own; see {out_dir / 'report.md'}.")
-    return Result(out_dir, out_dir / "final", outcome, proof)
+    return Result(out_dir, out_dir / FINAL, outcome, proof)
 
 
 def _load_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
@@ -142,59 +121,16 @@ def _load_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
     return samples
 
 
-def _claim(out_dir: Optional[Path], method: str) -> Path:
-    """A directory of this run's own: the one asked for, or the next free default."""
-    number = 1
-    while out_dir is None:
-        default = Path("out/finetune") / (method if number == 1 else f"{method}-{number}")
-        out_dir, number = (None if _used(default) else default), number + 1
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out_dir {out_dir} cannot be made: {error.strerror}.") from None
-    return out_dir
-
-
-def _used(path: Path) -> bool:
-    """It is there and holds more than the logs of a run that ended before it saved anything."""
-    if not path.is_dir():
-        return path.exists()
-    return any(child.name not in ("metrics.csv", "tensorboard") for child in path.iterdir())
-
-
-def _manifest(job: Job, prompt: Optional[dict], schedule: Schedule, outcome: Outcome) -> dict[str, Any]:
-    base = job.checkpoint
-    return {
-        "kind": job.method,
-        "base": {"path": str(base.path.resolve()), "weights_hash": base.weights_hash},
-        "prompt": prompt,
-        "training": {
-            "layers": format_layers(job.plan.layers),
-            "trained": sorted(job.plan.trained),
-            "step": outcome.step,
-            "epochs": round(outcome.step / schedule.steps_per_epoch, 3),
-            "tokens": outcome.tokens,
-            "precision": job.precision.name,
-            "before": asdict(outcome.before) if outcome.before else None,
-            "after": asdict(outcome.after) if outcome.after else None,
-            "recipe": job.recipe,
-        },
-    }
-
-
-def _write(writer: Writer, target: Path, gpt: GPT, manifest: Mapping[str, Any]) -> Proof:
-    """An earlier `best` stays until the new one is whole."""
-    if not target.exists():
-        return writer(target, gpt, manifest)
-    fresh = target.with_name(f"{target.name}.new")
-    proof = writer(fresh, gpt, manifest)
-    replace_directory(fresh, target)
-    return proof
-
-
-def _keep_last(out_dir: Path, count: int) -> None:
-    for old in sorted(out_dir.glob("step-*"))[:-count]:
-        shutil.rmtree(old)
+def _with_base_on_disk(fabric: Fabric, checkpoint: Checkpoint, out_dir: Path) -> Checkpoint:
+    """An adapter that begins over a merged base needs that base to be kept: it is written into the run's folder."""
+    base = checkpoint.base
+    if base is None or not isinstance(base.tensors, FoldedTensors):
+        return checkpoint
+    place = out_dir / MERGED_BASE
+    if fabric.is_global_zero and not place.exists():
+        write_merged(place, base)
+    fabric.barrier()
+    return replace(checkpoint, base=open_checkpoint(place))
 
 
 @torch.no_grad()

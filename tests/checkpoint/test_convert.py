@@ -22,7 +22,7 @@ from litfreeze.errors import UsageError
 from litfreeze.scripts.convert import from_hf, to_hf
 from litfreeze.tokenizer import TOKENIZER_FILES
 
-MEMORY_BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "convert_memory.py"
+MEMORY_BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "checkpoint_memory.py"
 
 # How weights are stored: pattern of the file names, size of a shard
 FORMS = {
@@ -203,7 +203,7 @@ def test_other_spellings_of_the_same_weights_give_the_same_checkpoint(spelling, 
 
 def test_an_untied_head_is_saved_and_config_says_so(make_source, tmp_path):
     """What training an untied copy of a tied head exports: transformers loads two matrices."""
-    from litfreeze.checkpoint.directory import write_checkpoint
+    from litfreeze.checkpoint.write import write_checkpoint
 
     base = open_checkpoint(make_source(LLAMA)).untied()
     head = base.read("head.weight") + 1

@@ -9,8 +9,9 @@ import torch
 from families import write_json
 from transformers import AutoModelForCausalLM
 
-from litfreeze.checkpoint.directory import load_model, open_checkpoint, weights_hash, write_checkpoint
+from litfreeze.checkpoint.directory import load_model, open_checkpoint, weights_hash
 from litfreeze.checkpoint.tensors import same_bits, sha256
+from litfreeze.checkpoint.write import write_checkpoint
 from litfreeze.errors import UsageError
 from litfreeze.scripts.convert import to_hf
 from litfreeze.scripts.init import setup as init
@@ -64,14 +65,14 @@ def test_a_directory_says_what_it_is(checkpoint_dir):
 UP = "blocks.1.mlp.up_proj.weight"
 
 REFUSALS = {
-    "no directory": (shutil.rmtree, ["is no directory", "--checkpoint_dir"]),
+    "no directory": (shutil.rmtree, ["is no directory", "nothing is downloaded"]),
     "a file": (lambda path: (shutil.rmtree(path), path.touch()), ["is no directory"]),
     "no config": (lambda path: (path / "config.json").unlink(), ["has no config.json"]),
     "broken config": (lambda path: (path / "config.json").write_text("{", "utf-8"), ["config.json", "as JSON"]),
     "broken manifest": (lambda path: (path / "litfreeze.json").write_text("[]", "utf-8"), ["litfreeze.json", "object"]),
     "no hash on record": (
         lambda path: edit_json(path / "litfreeze.json", weights_hash=None),
-        ["litfreeze.json has no weights_hash"],
+        ["litfreeze.json has no hashes"],
     ),
     "format of the future": (
         lambda path: edit_json(path / "litfreeze.json", format=2),

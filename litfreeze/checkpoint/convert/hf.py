@@ -19,6 +19,8 @@ from litfreeze.errors import UsageError
 class Plain:
     """The same tensor."""
 
+    transposed = False
+
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         return [tensor]
 
@@ -28,6 +30,8 @@ class Plain:
 
 class Transposed:
     """GPT-2's Conv1D keeps (in, out); a linear layer keeps (out, in)."""
+
+    transposed = True
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         return [tensor.T]
@@ -53,6 +57,8 @@ class Stacked:
 class PerHead:
     """GPT-NeoX's fused projection: q, k and v of head 0, then of head 1, …: (H, 3, D, …)."""
 
+    transposed = False
+
     def __init__(self, n_head: int) -> None:
         self.n_head = n_head
 
@@ -72,6 +78,7 @@ class Link:
     hf: str
     ours: tuple[str, ...]
     layout: Plain | Transposed | Stacked | PerHead
+    rows: Plain | Stacked | PerHead  # the same for what has an entry for each row (out, …): a bias, an adapter's B
 
 
 # --- the name maps: Hugging Face on the left, ours on the right; {i} is the block -----------------------------------
@@ -144,8 +151,8 @@ def links(config: Config, model_type: str, ours: Mapping[str, Any]) -> list[Link
             for kind in ("weight", "bias"):
                 own = tuple(f"{name}.{kind}".replace("{i}", str(i)) for name in names)
                 if own[0] in ours:
-                    layout = _layout(model_type, config, hf, kind, len(own))
-                    found.append(Link(f"{hf}.{kind}".replace("{i}", str(i)), own, layout))
+                    layout, rows = (_layout(model_type, config, hf, k, len(own)) for k in (kind, "bias"))
+                    found.append(Link(f"{hf}.{kind}".replace("{i}", str(i)), own, layout, rows))
     order = {name: n for n, name in enumerate(ours)}
     return sorted(found, key=lambda link: order[link.ours[0]])
 
@@ -155,6 +162,12 @@ def _layout(model_type: str, config: Config, hf: str, kind: str, parts: int) -> 
         return PerHead(config.n_head) if model_type == "gpt_neox" else Stacked(transposed=kind == "weight")
     conv1d = model_type == "gpt2" and kind == "weight" and hf.rsplit(".", 1)[-1].startswith("c_")
     return Transposed() if conv1d else Plain()
+
+
+def spellings(name: str, model_type: str) -> list[str]:
+    """Our table's name of a Hugging Face tensor, and what else it goes by."""
+    others = OTHER_SPELLINGS.get(model_type, [])
+    return [name] + [other + name.removeprefix(begin) for begin, other in others if name.startswith(begin)]
 
 
 # --- reading a Hugging Face directory as ours -----------------------------------------------------------------------
@@ -185,12 +198,7 @@ class HFTensors(Mapping):
         self._check_extra(set(self.stored) - used, config, model_type)
 
     def _spelling(self, name: str, model_type: str) -> str:
-        candidates = [name] + [
-            other + name.removeprefix(begin)
-            for begin, other in OTHER_SPELLINGS.get(model_type, [])
-            if name.startswith(begin)
-        ]
-        for candidate in candidates:
+        for candidate in spellings(name, model_type):
             if candidate in self.stored:
                 return candidate
         raise UsageError(f"{self.stored.path}: tensor {name} is missing from its weights.")

@@ -1,0 +1,189 @@
+"""Where a LoRA run begins: with a new adapter, with the one it was given, or with a new one over the merged base."""
+
+from math import isfinite
+from types import SimpleNamespace
+from typing import Any, Optional
+
+from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.merge import fold
+from litfreeze.errors import UsageError
+from litfreeze.freeze.layers import format_layers, parse_layers
+from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.words import adapter_targets, weights_in_full
+from litfreeze.lora import LoRA, fresh_tensors, grown_tensors
+
+FRESH = {"lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05, "use_rslora": False, "use_dora": False}
+LR = 2e-4  # of a new adapter; Dettmers et al., arXiv 2305.14314, for models up to 13B
+OTHERWISE = "Leave the option out, or begin a new adapter with --merge_first."
+SLOWER = 0.5  # a continued adapter begins with this much of its last learning rate
+
+
+def begin(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, FreezePlan, list[str]]:
+    """The checkpoint with the adapter that will train, the plan, and what the person is told about it.
+
+    Raises UsageError for settings out of range, and for those that contradict a given adapter."""
+    _check_ranges(options)
+    if opened.lora is None:
+        for name in ("merge_first", "lora_resize"):
+            if getattr(options, name):
+                raise UsageError(f"--{name}: {opened.path} carries no adapter, so a new one begins anyway.")
+        return (*_fresh(opened, options), [])
+    if options.merge_first:
+        if options.lora_resize:
+            raise UsageError(
+                "--lora_resize and --merge_first: a new adapter begins, with any --lora_r. Keep one of them."
+            )
+        told = [
+            f"Merged    {opened.lora.describe()} of {opened.path} into its base, {opened.base.path}.",
+            *_past(opened),
+        ]
+        return (*_fresh(fold([opened]), options), told)
+    return _continued(opened, options)
+
+
+def default_lr(opened: Checkpoint, options: SimpleNamespace) -> tuple[float, Optional[str]]:
+    """The learning rate if none is given, and what to say about it: an adapter that has trained goes on slower."""
+    last = opened.history[-1].get("lr") if opened.lora is not None and opened.history else None
+    if last is None or options.merge_first or options.resume:
+        return LR, None
+    slower, given = last * SLOWER, options.train.lr
+    if given is None:
+        return slower, f"Its learning rate was {last:g}; going on with {slower:g} (--train.lr sets another)."
+    return given, (
+        f"Its learning rate was {last:g}; --train.lr {slower:g} or lower is gentler." if given > slower else None
+    )
+
+
+def _fresh(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, FreezePlan]:
+    config = checkpoint.config
+    full = weights_in_full(config, options.full_layers, options.trainable_extra)
+    layers = options.trainable_layers
+    if layers is None:
+        taken = parse_layers("none" if options.full_layers is None else options.full_layers, config.n_layer)
+        layers = format_layers(i for i in range(config.n_layer) if i not in taken)
+    targets = adapter_targets(config, layers, "all" if options.lora_targets is None else options.lora_targets)
+    chosen = {
+        name: value if getattr(options, name) is None else getattr(options, name) for name, value in FRESH.items()
+    }
+    lora = LoRA(
+        ranks=dict.fromkeys(targets, chosen["lora_r"]),
+        alphas=dict.fromkeys(targets, float(chosen["lora_alpha"])),
+        dropout=chosen["lora_dropout"],
+        rslora=chosen["use_rslora"],
+        dora=chosen["use_dora"],
+    )
+    plan = FreezePlan.adapter(config, lora, full, options.lora_plus_ratio, options.full_lr_ratio)
+    return checkpoint.with_lora(lora, fresh_tensors(lora, _weight(checkpoint), options.seed)), plan
+
+
+def _continued(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, FreezePlan, list[str]]:
+    lora = opened.lora
+    trained = (opened.manifest or {}).get("training", {}).get("trained", opened.replaced)
+    in_full = [name for name in opened.replaced if name in trained]
+    _refuse_conflicts(opened, in_full, options)
+    told = [f"Continues {lora.describe()} of {opened.path}, over {opened.base.path}.", *_past(opened)]
+    new = lora
+    tensors = {name: opened.read(name) for module in lora.ranks for name in lora.parameters(module)}
+    if options.lora_resize:
+        new = lora.resized(options.lora_r)
+        tensors = grown_tensors(lora, new, opened.read, options.seed)
+        told.append(f"Rank {options.lora_r} from here on, alpha {_one(new.alphas)}: the same function to begin with.")
+    if options.lora_dropout is not None and options.lora_dropout != lora.dropout:
+        told.append(f"Dropout {options.lora_dropout:g} from here on; it was {lora.dropout:g}.")
+        new = LoRA(new.ranks, new.alphas, options.lora_dropout, new.rslora, new.dora)
+    plan = FreezePlan.adapter(opened.config, new, in_full, options.lora_plus_ratio, options.full_lr_ratio)
+    return opened.with_lora(new, tensors), plan, told
+
+
+def _refuse_conflicts(opened: Checkpoint, in_full: list[str], options: SimpleNamespace) -> None:
+    """An option that says something else than the adapter is an error that names both, never ignored."""
+    lora, config = opened.lora, opened.config
+    if options.lora_resize:
+        if options.lora_r is None:
+            raise UsageError("--lora_resize needs --lora_r, the new rank.")
+        if smaller := [r for r in lora.ranks.values() if r > options.lora_r]:
+            raise UsageError(
+                f"--lora_r {options.lora_r} --lora_resize: the adapter has rank {max(smaller)}, and a smaller one "
+                "cannot compute the same. Choose a larger one, or --merge_first for a new adapter of any rank."
+            )
+    elif options.lora_r is not None:
+        _compare("lora_r", options.lora_r, lora.ranks.values(), opened, " --lora_resize makes it larger.")
+    alphas = (lora.resized(options.lora_r) if options.lora_resize else lora).alphas
+    _compare("lora_alpha", options.lora_alpha, alphas.values(), opened)
+    _compare("use_rslora", options.use_rslora, [lora.rslora], opened)
+    _compare("use_dora", options.use_dora, [lora.dora], opened)
+    if options.trainable_layers is not None or options.lora_targets is not None:
+        layers = "all" if options.trainable_layers is None else options.trainable_layers
+        asked = adapter_targets(config, layers, "all" if options.lora_targets is None else options.lora_targets)
+        if options.trainable_layers is None:  # the targets alone were named: inside the adapter's own blocks
+            blocks = {module.split(".")[1] for module in lora.ranks if module != "head"}
+            asked = [module for module in asked if module == "head" or module.split(".")[1] in blocks]
+        if options.lora_targets is None:
+            kinds = {module.rpartition(".")[2] for module in lora.ranks}
+            asked = [module for module in asked if module.rpartition(".")[2] in kinds]
+        kept = {module for module in lora.ranks if options.lora_targets is not None or module != "head"}
+        if set(asked) != kept:
+            name = "trainable_layers" if options.trainable_layers is not None else "lora_targets"
+            raise UsageError(
+                f"--{name} {getattr(options, name)} contradicts the adapter of {opened.path}, which stands on "
+                f"{_where(lora)}. {OTHERWISE}"
+            )
+    for name in ("full_layers", "trainable_extra"):
+        if getattr(options, name) is not None:
+            full = weights_in_full(config, options.full_layers, options.trainable_extra)
+            if full != frozenset(in_full):
+                had = f"{len(in_full)} tensors" if in_full else "nothing"
+                raise UsageError(
+                    f"--{name} {getattr(options, name)} names {len(full)} tensors to train in full; in {opened.path} "
+                    f"{had} did. {OTHERWISE}"
+                )
+
+
+def _compare(name: str, asked: Any, own: Any, opened: Checkpoint, hint: str = "") -> None:
+    if asked is not None and any(asked != value for value in own):
+        shown = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(set(own)))
+        raise UsageError(
+            f"--{name} {asked} contradicts the adapter of {opened.path}, which has {shown.lower()}.{hint} {OTHERWISE}"
+        )
+
+
+def _check_ranges(options: SimpleNamespace) -> None:
+    if options.lora_r is not None and options.lora_r < 1:
+        raise UsageError(f"--lora_r {options.lora_r} must be at least 1.")
+    if options.lora_alpha is not None and not 0 < options.lora_alpha < float("inf"):
+        raise UsageError(f"--lora_alpha {options.lora_alpha:g} must be a number above 0.")
+    if options.lora_dropout is not None and not 0 <= options.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout {options.lora_dropout:g} must be at least 0 and below 1.")
+    for name in ("lora_plus_ratio", "full_lr_ratio"):
+        if not getattr(options, name) > 0 or not isfinite(getattr(options, name)):
+            raise UsageError(f"--{name} {getattr(options, name):g} must be a number above 0.")
+
+
+def _past(opened: Checkpoint) -> list[str]:
+    """How far it had trained, and what it had reached."""
+    lines = []
+    for run in opened.history:
+        after = f", validation loss {run['after']['loss']:.4f}" if run.get("after") else ""
+        steps = f"{run['step']} step{'s' * (run['step'] != 1)} ({run['epochs']:g} epochs, {run['tokens']:,} tokens)"
+        lines.append(f"Trained   {run['kind']}: {steps}{after}.")
+    return lines
+
+
+def _where(lora: LoRA) -> str:
+    kinds = list(dict.fromkeys(module.rpartition(".")[2] for module in lora.ranks))
+    blocks = format_layers(int(module.split(".")[1]) for module in lora.ranks if module != "head")
+    return f"{', '.join(kinds)} of blocks {blocks}"
+
+
+def _one(values: Any) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(set(values.values())))
+
+
+def _weight(checkpoint: Checkpoint):
+    """The weight under an adapter, by module; a tied head's is the embedding."""
+    tied = checkpoint.config.tie_embeddings
+
+    def read(module: str):
+        return checkpoint.read("embed.weight" if tied and module == "head" else f"{module}.weight")
+
+    return read

@@ -1,0 +1,106 @@
+"""`litfreeze finetune lora`: train an adapter on chosen layers, or go on with one."""
+
+from pathlib import Path
+from typing import Literal, Optional, Union
+
+from litfreeze.data.args import DataArgs
+from litfreeze.freeze.layers import Layers, Names
+from litfreeze.train.args import EvalArgs, TrainArgs
+
+Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+
+
+def setup(
+    checkpoint_dir: Optional[Path] = None,
+    out_dir: Optional[Path] = None,
+    base_dir: Optional[Path] = None,
+    force_base: bool = False,
+    resume: Union[bool, Path] = False,
+    trainable_layers: Layers = None,
+    lora_targets: Names = None,
+    lora_r: Optional[int] = None,
+    lora_alpha: Optional[float] = None,
+    lora_dropout: Optional[float] = None,
+    use_rslora: Optional[bool] = None,
+    use_dora: Optional[bool] = None,
+    lora_plus_ratio: float = 1.0,
+    full_layers: Layers = None,
+    trainable_extra: Names = None,
+    full_lr_ratio: float = 0.1,
+    lora_resize: bool = False,
+    merge_first: bool = False,
+    untie_embeddings: bool = False,
+    data: DataArgs = DataArgs(),
+    train: TrainArgs = TrainArgs(),
+    eval: EvalArgs = EvalArgs(),
+    precision: Optional[Precision] = None,
+    accelerator: str = "auto",
+    devices: Union[int, str] = "auto",
+    num_nodes: int = 1,
+    seed: int = 1337,
+):
+    """Train a LoRA adapter on the layers you name, beside the frozen weights. Given an adapter, go on training it.
+
+    Args:
+        checkpoint_dir: A model (litfreeze or Hugging Face), which gets a new adapter; or an adapter (litfreeze or
+            PEFT), which goes on training with its own rank, alpha and targets. Without it, the embedded demo model.
+        out_dir: Where the run is written; by default a new folder `out/finetune/lora`.
+        base_dir: The base of an adapter, where it is not where it was.
+        force_base: Accept a base with other weights than the adapter was trained on.
+        resume: Go on with an interrupted run: its folder, or the newest one if none is named. It keeps its options.
+        trainable_layers: Blocks that get an adapter: 10,11  0-3,8  -2:  last:8  20%-80%  all. By default all those
+            that do not train in full.
+        lora_targets: Linear layers inside them: q_proj,v_proj ...; attn, mlp; a glob; re:...; all (the default). head
+            stands outside the blocks.
+        lora_r: Rank, 8 unless said.
+        lora_alpha: The update is scaled by alpha / r; 16 unless said.
+        lora_dropout: On what goes into the adapter; 0.05 unless said.
+        use_rslora: Scale by alpha / sqrt(r), so that high ranks learn as fast as low ones.
+        use_dora: Also learn the length of each row of the adapted weights (DoRA).
+        lora_plus_ratio: LoRA+: B learns at this many times the learning rate of A; 16 is its authors' choice.
+        full_layers: Blocks that train in full, beside the adapter on others.
+        trainable_extra: What trains in full outside the blocks: embed, head, final_norm.
+        full_lr_ratio: Weights that train in full learn at this many times the learning rate.
+        lora_resize: Let lora_r make a continued adapter's rank larger; what it computes stays the same.
+        merge_first: Fold the adapter given into its base, and begin a new one over that.
+        untie_embeddings: Give a head that is tied to the embedding a copy of its own.
+        data: The records to learn from.
+        train: How long and how fast to train.
+        eval: When to measure.
+        precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
+        accelerator: cpu, cuda, mps or auto.
+        devices: How many, or which ones (0,2).
+        num_nodes: Machines in the run.
+        seed: Fixes the new adapter, the order of the records and every other draw.
+    """
+    given = dict(locals())
+
+    from litfreeze.demo import LORA_DEFAULTS
+    from litfreeze.finetune.adapter import begin, default_lr
+    from litfreeze.finetune.setting import open_base, recipe_yaml, settled, with_demo_defaults
+    from litfreeze.launch import build_fabric, launch
+    from litfreeze.train.job import Job
+    from litfreeze.train.run import run
+
+    o = settled(setup, "lora", given)
+    opened = open_base(o.checkpoint_dir, o.untie_embeddings, o.base_dir, o.force_base)
+    checkpoint, plan, notes = begin(opened, o)
+    lr, note = default_lr(opened, o)
+    data, train = with_demo_defaults(o.checkpoint_dir, o.data, o.train, lr=lr, epochs=3, demo=LORA_DEFAULTS)
+    fabric, kept = build_fabric(o.accelerator, o.devices, o.num_nodes, o.precision)
+    job = Job(
+        method="lora",
+        checkpoint=checkpoint,
+        plan=plan,
+        precision=kept,
+        data=data,
+        train=train,
+        eval=o.eval,
+        out_dir=o.out_dir and Path(o.out_dir),
+        seed=o.seed,
+        recipe=recipe_yaml(setup, {**vars(o), "train": train, "precision": kept.name}),
+        save="delta",
+        resume=bool(o.resume),
+        notes=(*notes, *([note] if note else [])),
+    )
+    return launch(fabric, run, job)

@@ -1,0 +1,60 @@
+"""Where runs are written: out/finetune/<method>[-n]/, and what stands in such a folder."""
+
+from pathlib import Path
+from typing import Optional
+
+from litfreeze.config import read_json
+from litfreeze.errors import UsageError
+
+RUNS = Path("out/finetune")
+FINAL, BEST, RESUME, MERGED_BASE = "final", "best", "resume", "base"
+LOGS = ("metrics.csv", "tensorboard")  # what a run that ended before it saved anything leaves
+
+
+def claim(out_dir: Optional[Path], method: str) -> Path:
+    """A directory of this run's own, made if need be: the one asked for, or the next free default.
+
+    Raises UsageError if it cannot be made."""
+    number = 1
+    while out_dir is None:
+        default = RUNS / (method if number == 1 else f"{method}-{number}")
+        out_dir, number = (None if used(default) else default), number + 1
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out_dir {out_dir} cannot be made: {error.strerror}.") from None
+    return out_dir
+
+
+def used(path: Path) -> bool:
+    """It is there and holds more than the logs of a run that ended before it saved anything."""
+    if not path.is_dir():
+        return path.exists()
+    return any(child.name not in LOGS for child in path.iterdir())
+
+
+def last_checkpoint(method: str, holds: str) -> Path:
+    """The newest final checkpoint of `method` under out/finetune that holds what `holds` says: "whole" or "trained".
+
+    Raises UsageError if there is none."""
+    found = []
+    for manifest in RUNS.glob(f"*/{FINAL}*/litfreeze.json"):
+        known = read_json(manifest)
+        if known.get("kind") == method and known.get("holds") == holds:
+            found.append((manifest.stat().st_mtime_ns, manifest.parent))
+    if not found:
+        raise UsageError(f"{RUNS} holds no such output of finetune {method}. Name one with --checkpoint_dir.")
+    return max(found)[1]
+
+
+def last_resumable(method: str) -> Path:
+    """The newest run of `method` under out/finetune that was interrupted after it had saved a point to go on from.
+
+    Raises UsageError if there is none."""
+    found = []
+    for point in RUNS.glob(f"*/{RESUME}/resume.json"):
+        if read_json(point).get("method") == method:
+            found.append((point.stat().st_mtime_ns, point.parent.parent))
+    if not found:
+        raise UsageError(f"{RUNS} holds no interrupted run of finetune {method} to resume. Name one with --resume.")
+    return max(found)[1]

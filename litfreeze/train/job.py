@@ -1,0 +1,45 @@
+"""What a run is given, and what it gives back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+import torch
+
+from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.trained import Proof
+from litfreeze.data.args import DataArgs
+from litfreeze.freeze.plan import FreezePlan
+from litfreeze.precision import Precision
+from litfreeze.train.args import EvalArgs, TrainArgs
+from litfreeze.train.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs, settled before the first process starts."""
+
+    method: str  # "full", "lora": names the default out_dir and stands in the checkpoint
+    checkpoint: Checkpoint
+    plan: FreezePlan
+    precision: Precision
+    data: DataArgs
+    train: TrainArgs  # lr and epochs filled in
+    eval: EvalArgs
+    out_dir: Optional[Path]
+    seed: int
+    recipe: str  # YAML of the options, for --config
+    save: Literal["full", "delta", "both"]  # the final checkpoint: all weights, only what trained, or each
+    save_dtype: Optional[torch.dtype] = None
+    resume: bool = False  # go on in `out_dir`
+    notes: tuple[str, ...] = ()  # what the person is told about where the run begins
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left: where, what it reached, and the proof about its frozen tensors."""
+
+    out_dir: Path
+    checkpoint_dir: Path
+    outcome: Outcome
+    proof: Proof

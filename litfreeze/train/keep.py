@@ -1,0 +1,131 @@
+"""What a run leaves in its folder on its way: checkpoints, and the point to go on from."""
+
+import hashlib
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from litfreeze.checkpoint.resume import read_facts, write_resume
+from litfreeze.checkpoint.tensors import replace_directory
+from litfreeze.checkpoint.trained import Proof, write_trained
+from litfreeze.data.samples import Samples
+from litfreeze.errors import UsageError
+from litfreeze.freeze.layers import format_layers
+from litfreeze.model import GPT
+from litfreeze.outputs import BEST, FINAL, RESUME
+from litfreeze.train.job import Job
+from litfreeze.train.loop import Schedule
+from litfreeze.train.outcome import Outcome, Scores
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Writes the folder `out_dir` of one run. On one process only."""
+
+    job: Job
+    out_dir: Path
+    samples: Samples
+    schedule: Schedule
+    prompt: Optional[dict[str, Any]]  # the style to save with the checkpoints
+
+    def checkpoint(self, name: str, gpt: GPT, outcome: Outcome) -> Optional[Proof]:
+        """The final one as `--save` says and with its proof; others with what trained alone, unless that is everything.
+        An earlier one of that name stays until the new one is whole."""
+        job = self.job
+        separable = job.plan.trained != set(job.plan.sizes)
+        if name != FINAL:
+            return self._write(name, gpt, outcome, whole=not separable, prove=False)
+        if job.save == "both" and separable:
+            self._write(f"{FINAL}-delta", gpt, outcome, whole=False, prove=False)
+        return self._write(FINAL, gpt, outcome, whole=job.save != "delta" or not separable, prove=True)
+
+    def interval(
+        self, name: str, gpt: GPT, optimizer: torch.optim.Optimizer, outcome: Outcome, answer_before: str
+    ) -> None:
+        """A checkpoint on the way and the point to go on from; of the checkpoints only the last few stay."""
+        self.checkpoint(name, gpt, outcome)
+        reached = {name: value for name, value in asdict(outcome).items() if value != float("inf")}
+        facts = {
+            "method": self.job.method,
+            "recipe": self.job.recipe,
+            "folder": str(Path.cwd()),
+            "outcome": reached,
+            "answer_before": answer_before,
+            **self._fixed(),
+        }
+        write_resume(self.out_dir, gpt, optimizer, facts)
+        for old in sorted(self.out_dir.glob("step-*"))[: -(self.job.train.keep_last or 2)]:
+            shutil.rmtree(old)
+
+    def point(self) -> tuple[Outcome, str]:
+        """Where the interrupted run stood, and what the model answered before training. Raises UsageError if there is
+        nothing to go on from, or what the run was made of has changed."""
+        facts = read_facts(self.out_dir)
+        for name, value in self._fixed().items():
+            if facts.get(name) != value:
+                raise UsageError(
+                    f"--resume {self.out_dir}: the {name} of this run changed since it was interrupted. "
+                    "Put it back, or start a new run."
+                )
+        reached = facts["outcome"]
+        scores = {name: Scores(**reached[name]) for name in ("before", "after") if reached[name] is not None}
+        return Outcome(**{**reached, **scores}), facts["answer_before"]
+
+    def done(self, outcome: Outcome) -> None:
+        """Removes what only an unfinished run needs, and an earlier best checkpoint that the final one has beaten."""
+        shutil.rmtree(self.out_dir / RESUME, ignore_errors=True)
+        if outcome.best_step == outcome.step:
+            shutil.rmtree(self.out_dir / BEST, ignore_errors=True)
+
+    def stopped(self) -> str:
+        """What is there, and how to go on, after an interruption."""
+        kept = sorted(child.name for child in self.out_dir.iterdir() if (child / "litfreeze.json").is_file())
+        told = f"Stopped by hand. Kept in {self.out_dir}: {', '.join(kept) or 'no checkpoint yet'}."
+        if (self.out_dir / RESUME).is_dir():
+            told += f"\nGo on with: litfreeze finetune {self.job.method} --resume {self.out_dir}"
+        return told
+
+    def _write(self, name: str, gpt: GPT, outcome: Outcome, whole: bool, prove: bool) -> Optional[Proof]:
+        job, target = self.job, self.out_dir / name
+        fresh = target.with_name(f"{name}.new") if target.exists() else target
+        known = self._manifest(outcome)
+        proof = write_trained(fresh, job.checkpoint, gpt, job.plan, known, whole, prove, job.save_dtype)
+        if fresh != target:
+            replace_directory(fresh, target)
+        return proof
+
+    def _manifest(self, outcome: Outcome) -> dict[str, Any]:
+        job = self.job
+        return {
+            "kind": job.method,
+            "prompt": self.prompt,
+            "training": {
+                "began_from": str(job.checkpoint.path.resolve()),
+                "layers": format_layers(job.plan.layers),
+                "trained": sorted(job.plan.trained),
+                "lr": job.train.lr,
+                "step": outcome.step,
+                "epochs": round(outcome.step / self.schedule.steps_per_epoch, 3),
+                "tokens": outcome.tokens,
+                "precision": job.precision.name,
+                "before": asdict(outcome.before) if outcome.before else None,
+                "after": asdict(outcome.after) if outcome.after else None,
+                "recipe": job.recipe,
+            },
+            "history": job.checkpoint.history,
+        }
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must not change between an interrupted run and its continuation, by the word a person knows."""
+        digest = hashlib.sha256()
+        for sample in self.samples.train + self.samples.val:
+            digest.update(sample.tokens.tobytes() + b"|" + sample.labels.tobytes())
+        return {
+            "base": self.job.checkpoint.whole.weights_hash,
+            "data": digest.hexdigest(),
+            "plan": hashlib.sha256("\n".join(sorted(self.job.plan.trained)).encode()).hexdigest(),
+            "steps": self.schedule.max_steps,
+        }

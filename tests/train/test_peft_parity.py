@@ -1,0 +1,86 @@
+"""The loss curve of PEFT in a plain loop, step by step, from the same adapter: LoRA, rsLoRA and DoRA."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from litfreeze.checkpoint.directory import open_checkpoint
+from litfreeze.checkpoint.write import write_peft
+from litfreeze.data.args import DataArgs
+from litfreeze.data.batches import epoch_order
+from litfreeze.demo import TRAIN_FILE
+from litfreeze.finetune.lora import setup as finetune_lora
+from litfreeze.freeze.words import adapter_targets
+from litfreeze.lora import LoRA, fresh_tensors
+from litfreeze.train.args import EvalArgs, TrainArgs
+
+RECORDS, EPOCHS, BATCH, LR, SEED = 32, 3, 4, 1e-3, 7
+
+
+def plain_loop(model_dir, adapter_dir, records):
+    """How a user of PEFT goes on with an adapter: padded batches, fused AdamW."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter_dir, is_trainable=True).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    samples = []
+    for record in records:
+        chat = [{"role": "user", "content": record["prompt"]}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+        response = tokenizer.encode(record["completion"] + tokenizer.eos_token, add_special_tokens=False)
+        samples.append((torch.tensor(prompt + response), torch.tensor([-100] * len(prompt) + response)))
+    losses = []
+    for epoch in range(EPOCHS):
+        order = epoch_order(len(samples), SEED, epoch)
+        for i in range(0, len(order), BATCH):
+            ids, labels = zip(*(samples[j] for j in order[i : i + BATCH]), strict=True)
+            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+            loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["LoRA", "rsLoRA", "DoRA"])
+def test_the_losses_are_those_of_peft(smollm2, tmp_path, kind):
+    lines = TRAIN_FILE.read_text(encoding="utf-8").splitlines()[:RECORDS]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines), encoding="utf-8")
+    words = {"trainable_layers": "20-29", "lora_targets": "q_proj,v_proj,down_proj", "lora_r": 4, **kind}
+    result = finetune_lora(
+        checkpoint_dir=smollm2,
+        out_dir=tmp_path / "run",
+        lora_dropout=0.0,
+        data=DataArgs(path=data, val_split_fraction=0),
+        train=TrainArgs(
+            lr=LR, epochs=EPOCHS, global_batch_size=BATCH, micro_batch_size=BATCH, lr_schedule="constant",
+            lr_warmup_steps=0, beta2=0.999, max_norm=None,
+        ),
+        eval=EvalArgs(max_new_tokens=1),
+        precision="32-true",
+        seed=SEED,
+        **words,
+    )  # fmt: skip
+    with (tmp_path / "run/metrics.csv").open() as rows:
+        ours = [float(row["train_loss"]) for row in csv.DictReader(rows)]
+    # The adapter that the run began with, drawn again from its seed
+    base = open_checkpoint(smollm2)
+    targets = adapter_targets(base.config, words["trainable_layers"], words["lora_targets"])
+    lora = LoRA(
+        dict.fromkeys(targets, 4), dict.fromkeys(targets, 16.0), rslora="use_rslora" in kind, dora="use_dora" in kind
+    )
+    assert open_checkpoint(result.checkpoint_dir).lora == lora
+    fresh = fresh_tensors(lora, lambda module: base.read(f"{module}.weight"), SEED)
+    write_peft(tmp_path / "peft", base.with_lora(lora, fresh))
+    theirs = plain_loop(smollm2, tmp_path / "peft", [json.loads(line) for line in lines])
+    assert len(ours) == len(theirs) == EPOCHS * RECORDS // BATCH
+    assert theirs[-1] < theirs[0] / 3  # it has learned, so the adapter and not the base made these losses
+    assert ours == pytest.approx(theirs, rel=1e-3)
