@@ -150,8 +150,8 @@ def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, for
     path = Path(path)
     if not path.is_dir():
         raise UsageError(
-            f"{path} is no directory here. A checkpoint is a litfreeze, Hugging Face or PEFT directory on this machine; "
-            "nothing is downloaded."
+            f"{path} is no directory here. A checkpoint is a local litfreeze, Hugging Face or PEFT directory; nothing "
+            "is downloaded."
         )
     if not (path / MANIFEST).is_file() and (path / PEFT_CONFIG).is_file():
         return _open_peft(path, base_dir)

@@ -70,6 +70,9 @@ class FoldedTensors(Mapping):
     def __len__(self) -> int:
         return len(self.dtypes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.dtypes  # Mapping's own would fold the tensor
+
     def __getitem__(self, name: str) -> Tensor:
         before = self.base.read(self.aliases.get(name, name))
         module = name.rpartition(".")[0] if name.endswith(".weight") else ""

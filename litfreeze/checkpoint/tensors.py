@@ -59,11 +59,12 @@ class TensorFile:
         if self.path.suffix == ".safetensors":
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name)
-        # Unpickling takes a while, so it serves several tensors; what they read stays in memory until the next time
-        if not self.unpickled or self.touched > PIECE:
+        # Unpickling takes a while, so it serves several tensors; what they read stays in memory until the next time.
+        # Each is handed out once: whoever has it may change it
+        if name not in self.unpickled or self.touched > PIECE:
             self.unpickled, self.touched = self._unpickle(), 0
         self.touched += nbytes(*self.layout[name])
-        return self.unpickled[name]
+        return self.unpickled.pop(name)
 
     def _safetensors_layout(self) -> Layout:
         with safe_open(self.path, framework="pt") as file:
@@ -144,6 +145,9 @@ class TensorDirectory(Mapping):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.files[name].read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)

@@ -83,7 +83,8 @@ def _continued(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint
     _refuse_conflicts(opened, in_full, options)
     told = [f"Continues {lora.describe()} of {opened.path}, over {opened.base.path}.", *_past(opened)]
     new = lora
-    tensors = {name: opened.read(name) for module in lora.ranks for name in lora.parameters(module)}
+    # PEFT's may be stored in bf16; what trains is kept as it trained
+    tensors = {name: opened.read(name).float() for module in lora.ranks for name in lora.parameters(module)}
     if options.lora_resize:
         new = lora.resized(options.lora_r)
         tensors = grown_tensors(lora, new, opened.read, options.seed)

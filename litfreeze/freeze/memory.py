@@ -32,7 +32,8 @@ def estimate_memory(plan: FreezePlan, precision: Precision, batch_tokens: int, t
     trained = plan.n_trained
     frozen = plan.n_parameters - trained
     activations = batch_tokens * sum(_per_token(plan, precision, i) for i in range(max(plan.lowest, 0), plan.n_layer))
-    activations += 2 * min(target_tokens, ROWS) * plan.config.vocab_size * 4
+    logits = precision.compute.itemsize + 4  # as the head gives them, and the fp32 probabilities
+    activations += min(target_tokens, ROWS) * plan.config.vocab_size * logits
     activations += trained * precision.compute.itemsize * (precision.compute != precision.trained)
     return Memory(
         weights=trained * precision.trained.itemsize + frozen * precision.frozen.itemsize,
@@ -56,8 +57,13 @@ def _per_token(plan: FreezePlan, precision: Precision, i: int) -> int:
         ends = tuple(f".{module}" for module in modules)
         return any(n.removesuffix(".weight").endswith(ends) for n in trained) or any(m.endswith(ends) for m in shared)
 
-    stream = 4 * width  # what enters and leaves the two norms, in the residual stream's dtype
-    inside = 2 * (config.n_head + config.n_query_groups) * config.head_size  # q, k, v and what attention gives
+    # Backward ends in the lowest block: what lies below its first trained weight is not kept there
+    above = i > plan.lowest
+    norm_1 = above or any(".norm_1." in name for name in trained)
+    attention = norm_1 or any(".attn." in name for name in trained)
+    norm_2 = attention or any(".norm_2." in name for name in trained)
+    stream = 2 * width * (norm_1 + norm_2)  # what enters and leaves the two norms, in the residual stream's dtype
+    inside = 2 * (config.n_head + config.n_query_groups) * config.head_size * attention  # q, k, v and what it gives
     inside += 3 * wide if config.mlp == "gated" else wide  # what the activation and the product need
     inside += width * (trains("q_proj", "k_proj", "v_proj") + trains("gate_proj", "up_proj"))
     inside += wide * trains("down_proj")

@@ -12,7 +12,8 @@ class TrainArgs:
     """How long and how fast to train.
 
     Args:
-        lr: Highest learning rate. By default 5e-5 for full weights; the embedded model brings its own.
+        lr: Highest learning rate. By default 5e-5 for full weights and 2e-4 for a new adapter; one that goes on begins
+            with half of its last one, and the embedded model brings its own.
         epochs: Passes over the training records (3 unless given here or by the embedded model's recipe).
         max_steps: Stop after this many optimizer steps instead.
         max_time: Stop after this long, in seconds or as 90s, 30m, 1h30m.
@@ -25,7 +26,8 @@ class TrainArgs:
         beta1: AdamW's first moment.
         beta2: AdamW's second moment.
         max_norm: Clip the gradient of the chosen parameters to this norm; null for never.
-        save_interval: Save a checkpoint every this many steps; by default only the best and the final one.
+        save_interval: Save a checkpoint and a point to `--resume` from every this many steps; by default only the best
+            checkpoint and the final one are saved.
         keep_last: How many of those interval checkpoints to keep; by default 2.
         log_interval: Write a line of metrics every this many steps.
     """

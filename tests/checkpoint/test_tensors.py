@@ -356,3 +356,13 @@ def test_text_is_written_whole(tmp_path):
         write_text(path, "\ud800")
     assert path.read_bytes() == "naïve 你好\n".encode()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_what_was_read_may_be_changed_and_the_file_reads_as_before(tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    tensors = {"a": torch.ones(3, 4), "b": torch.zeros(2)}
+    (safetensors.torch.save_file if suffix == "safetensors" else torch.save)(tensors, path)
+    file = TensorFile(path)
+    file.read("a").add_(1)
+    assert torch.equal(file.read("a"), torch.ones(3, 4)) and torch.equal(file.read("b"), torch.zeros(2))

@@ -9,8 +9,9 @@ from litfreeze.config import PRESETS, Config
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import estimate_memory
-from litfreeze.freeze.plan import block_of
-from litfreeze.freeze.words import plan_from_words
+from litfreeze.freeze.plan import FreezePlan, block_of
+from litfreeze.freeze.words import adapter_targets, plan_from_words, weights_in_full
+from litfreeze.lora import LoRA, add_lora
 from litfreeze.model import GPT
 from litfreeze.precision import PRECISIONS
 from litfreeze.train.args import TrainArgs
@@ -161,13 +162,32 @@ def test_memory_of_a_plan_follows_what_trains():
     assert first.activations > small.activations  # backward has to reach the bottom
 
 
+def adapter_plan(layers, targets="all", full=None, **more) -> FreezePlan:
+    named = adapter_targets(TIED, layers, targets)
+    lora = LoRA(dict.fromkeys(named, 8), dict.fromkeys(named, 16.0), **more)
+    return FreezePlan.adapter(TIED, lora, weights_in_full(TIED, full, None))
+
+
+PLANS = {
+    "10,11": plan_from_words(TIED, "10,11"),
+    "0-5": plan_from_words(TIED, "0-5"),
+    "all": plan_from_words(TIED, "all"),
+    "LoRA": adapter_plan("all"),
+    "LoRA with dropout": adapter_plan("4-11", dropout=0.1),
+    "LoRA on some": adapter_plan("10,11", "q_proj,v_proj"),
+    "DoRA": adapter_plan("6-11", dora=True),
+    "mixed": adapter_plan("0-9", full="10,11"),
+}
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("layers", ["10,11", "0-5", "all"])
-def test_activations_are_about_what_autograd_keeps(precision, layers):
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_activations_are_about_what_autograd_keeps(precision, plan):
     kept = PRECISIONS[precision]
-    plan = plan_from_words(TIED, layers)
     model = GPT(TIED)
     model.init_weights(0)
+    if plan.lora is not None:
+        add_lora(model, plan.lora)
     for name, p in model.named_parameters():
         p.data = p.data.to(kept.kept(name in plan.trained))
     plan.apply(model)

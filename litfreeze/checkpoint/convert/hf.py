@@ -221,6 +221,9 @@ class HFTensors(Mapping):
         link, part, stored = self.found[name]
         return link.layout.split(self.stored[stored])[part]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.found  # Mapping's own would read the tensor
+
     def __iter__(self):
         return iter(self.found)
 

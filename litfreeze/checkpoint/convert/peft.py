@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Optional
 
@@ -43,6 +44,12 @@ def _parts(link: Link) -> list[str]:
     return [own.removesuffix(".weight") for own in link.ours]
 
 
+def _module(link: Link) -> tuple[str, str]:
+    """The Hugging Face module of `link` as PEFT meets it, and what of it `link` is: weight or bias."""
+    name, _, kind = link.hf.rpartition(".")
+    return RENAMED.get(name, name), kind
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -51,6 +58,11 @@ class Shared:
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         return [tensor.clone()] * 3
+
+
+def _is_saved(module: str, saved: Collection[str]) -> bool:
+    """Whether PEFT's modules_to_save `saved`, which are ends of names, take in `module` or what it is a part of."""
+    return any(name.endswith(end) for name in accumulate(module.split("."), "{}.{}".format) for end in saved)
 
 
 class PEFTTensors(Mapping):
@@ -67,12 +79,13 @@ class PEFTTensors(Mapping):
         self.found: dict[str, tuple[str, Any, int]] = {}  # ours -> name in the file, layout, part
         # A head that is tied has no weight of its own, but PEFT can give it one
         self.shapes = {n: tuple(p.shape) for n, p in model_parameters(replace(config, tie_embeddings=False)).items()}
-        known_links = links(config, model_type, self.shapes)
-        self.table = {name: link for link in known_links for name in spellings(link.hf, model_type)}
+        all_links = links(config, model_type, self.shapes)
+        self.table = {name: link for link in all_links for name in spellings(link.hf, model_type)}
         linear = linear_layers(config)
 
         adapters: dict[str, dict[str, str]] = {}  # Hugging Face's module -> part of the adapter -> name in the file
         own_copies: set[str] = set()  # of ours, for which PEFT's model has a place of their own
+        saved = known["modules_to_save"]
         for name in self.stored:
             module, kind = self._place(name, linear, model_type)
             if kind in ADAPTER:
@@ -82,8 +95,12 @@ class PEFTTensors(Mapping):
                 joined = link.layout.join([torch.empty(self.shapes[own], device="meta") for own in link.ours])
                 self._check_shape(name, tuple(joined.shape))
                 self.found |= {own: (name, link.layout, part) for part, own in enumerate(link.ours)}
-                if any(module.endswith(end) for end in known["modules_to_save"]):
+                if _is_saved(module, saved):
                     own_copies.update(link.ours)
+        for link in all_links:
+            module, kind = _module(link)
+            if _is_saved(module, saved) and own_copies.isdisjoint(link.ours):
+                raise UsageError(f"{self.stored.path}: {PREFIX}{module}.{kind} is missing, one of its modules_to_save.")
         self.tied = config.tie_embeddings and self._settle_tie(own_copies)
 
         ranks, alphas = {}, {}
@@ -188,8 +205,8 @@ def as_peft(
     its bias is new, PEFT loads what is new into its own place."""
     modules: dict[str, dict[str, Link]] = {}  # Hugging Face's module -> weight, bias
     for link in links(config, model_type, dict.fromkeys([*ours, HEAD])):  # a tied head can carry an adapter too
-        name, _, kind = link.hf.rpartition(".")
-        modules.setdefault(RENAMED.get(name, name), {})[kind] = link
+        module, kind = _module(link)
+        modules.setdefault(module, {})[kind] = link
 
     ranks, alphas, tensors, conv1d = {}, {}, {}, False
     for module, kinds in modules.items():
@@ -240,16 +257,13 @@ def _joined(
 ) -> tuple[int, float, dict[str, Tensor]]:
     """Rank, alpha and tensors of the one adapter that does what ours do on the parts of `link`.
 
-    Parts of one A, rank and scale share it, as those do that came from PEFT. Otherwise each keeps ranks of its own:
-    the As stand one above the other, B is block-diagonal, and scales that differ go into B (fp32). A part without an
-    adapter has zeros in B and, for DoRA, the row lengths of its weight."""
+    Parts with the same A share it, as those do that came from PEFT. Otherwise each keeps ranks of its own: the As
+    stand one above the other, and B is block-diagonal. Scales that differ go into B (fp32). A part without an adapter
+    has zeros in B and, for DoRA, the row lengths of its weight."""
     adapted = [part for part in _parts(link) if part in lora.ranks]
     first, downs = adapted[0], [read(f"{part}.{A}") for part in adapted]  # (r, in) each
     scale = lora.scale(first)
-    shared = all(
-        lora.scale(part) == scale and a.dtype == downs[0].dtype and same_bits(a, downs[0], a.dtype)
-        for part, a in zip(adapted, downs, strict=True)
-    )
+    shared = all(a.dtype == downs[0].dtype and same_bits(a, downs[0], a.dtype) for a in downs)
     if shared:
         r, alpha, down = lora.ranks[first], lora.alphas[first], downs[0]
     else:
