@@ -136,9 +136,11 @@ class Parser(jsonargparse.ArgumentParser):
     `required` are those that have no default, and can be given as bare words."""
 
     def __init__(self, command: str, function: Callable[..., Any]):
-        self.required = [name for name, p in inspect.signature(function).parameters.items() if p.default is p.empty]
+        parameters = inspect.signature(function).parameters
+        self.required = [name for name, p in parameters.items() if p.default is p.empty]
+        bare = self.required or [f"[{name}]" for name in parameters if name == "checkpoint_dir"]
         super().__init__(
-            usage=" ".join(["litfreeze", command, *map(str.upper, self.required), "[--option VALUE ...]"]),
+            usage=" ".join(["litfreeze", command, *map(str.upper, bare), "[--option VALUE ...]"]),
             description=" ".join(description(function)),
             epilog=EPILOG,
             env_prefix="LITFREEZE",
@@ -214,8 +216,13 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
 def one_word_each(words: Iterable[str], options: Mapping[str, Any], required: Iterable[str] = ()) -> list[str]:
     """Every option joined with its value, `--trainable_layers=-2:`, so that no value is taken for an option; a switch
     that stands alone is `=true`; and `--config` first, so that flags win wherever it stands. Bare words are the values
-    of those `required` options that have no flag, in order: `A B` is `--a=A --b=B`."""
+    of those `required` options that have no flag, in order: `A B` is `--a=A --b=B`. Where none is required, a bare word
+    right behind the command is the checkpoint, as LitGPT takes it."""
     words, files, flags, bare = list(words), [], [], []
+    if not required and "checkpoint_dir" in options and words and not words[0].startswith("-"):
+        if "--checkpoint_dir" in (word.partition("=")[0] for word in words):
+            raise UsageError(f"{words[0]} and --checkpoint_dir both name a checkpoint; keep one of them.")
+        words[0] = f"--checkpoint_dir={words[0]}"
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")

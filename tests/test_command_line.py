@@ -193,11 +193,21 @@ def test_a_bare_word_too_many_or_too_few(words, says):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_word_behind_the_command_is_the_checkpoint():
+    assert full("some/where", "--seed", "3") == full("--checkpoint_dir=some/where", "--seed=3")
+    with pytest.raises(UsageError, match="'11' belongs to no option"):
+        full("--trainable_layers", "10,", "11")
+    with pytest.raises(UsageError, match="a and --checkpoint_dir both name a checkpoint"):
+        full("a", "--checkpoint_dir", "b")
+    with pytest.raises(UsageError, match="'b' belongs to no option"):
+        full("a", "b")
+
+
 def test_help_shows_the_bare_words(capsys):
     for command, usage in (
         ("diff", "diff A B [--option VALUE ...]"),
         ("convert from_hf", "convert from_hf CHECKPOINT_DIR OUT_DIR [--option VALUE ...]"),
-        ("layers", "layers [--option VALUE ...]"),
+        ("layers", "layers [CHECKPOINT_DIR] [--option VALUE ...]"),
     ):
         assert main([*command.split(), "--help"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: litfreeze {usage}\n")
