@@ -87,12 +87,13 @@ def adapter(base_dir: Path, out: Path, dora: bool) -> None:
     from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.checkpoint.write import write_over_base
     from litfreeze.freeze.words import adapter_targets
-    from litfreeze.lora import LoRA, fresh_tensors
+    from litfreeze.lora import LoRA, fresh_tensors, linear_layers
 
     base = open_checkpoint(base_dir)
     targets = adapter_targets(base.config, "all", "all")
     lora = LoRA(dict.fromkeys(targets, 16), dict.fromkeys(targets, 32.0), dora=dora)
-    fresh = fresh_tensors(lora, lambda module: base.read(f"{module}.weight"), seed=0)
+    layers = linear_layers(base.config)
+    fresh = fresh_tensors(lora, layers, lambda module: base.read(f"{module}.weight"), seed=0)
     adapted = base.with_lora(lora, {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in fresh.items()})
     write_over_base(out, adapted, adapted.tensors, adapted.dtype, adapted.read, {"kind": "lora"})
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from litfreeze.config import Config
 from litfreeze.model import GPT, meta_parameters
 
+TINY = torch.finfo(torch.float32).tiny
 A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
 
 
@@ -55,9 +56,11 @@ class LoRA:
         """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for anything else."""
         targets = {str(name): (int(t["r"]), float(t["alpha"])) for name, t in saved["targets"].items()}
         ranks, alphas = ({name: t[i] for name, t in targets.items()} for i in (0, 1))
-        if not targets or min(ranks.values()) < 1:
-            raise ValueError("an adapter needs targets of rank 1 or more")
-        return cls(ranks, alphas, float(saved["dropout"]), bool(saved["rslora"]), bool(saved["dora"]))
+        dropout = float(saved["dropout"])
+        fine = targets and min(ranks.values()) >= 1 and all(0 < alpha < math.inf for alpha in alphas.values())
+        if not fine or not 0 <= dropout <= 1:
+            raise ValueError("an adapter needs targets, each of rank 1 or more and with an alpha above 0")
+        return cls(ranks, alphas, dropout, bool(saved["rslora"]), bool(saved["dora"]))
 
     def resized(self, r: int) -> "LoRA":
         """The same adapter with rank `r` throughout; alpha grows along, so that the scale stays what it was."""
@@ -102,7 +105,7 @@ class LoRALinear(nn.Module):
             along = (F.linear(a.to(self.weight.dtype), self.weight).float().T * b).sum(1)  # W · B A, row by row: (out,)
             own = (b @ (a @ a.T) * b).sum(1)
             length = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float32)
-            return (length.square() + 2 * self.scale * along + self.scale**2 * own).clamp(min=0).sqrt()
+            return (length.square() + 2 * self.scale * along + self.scale**2 * own).clamp(min=TINY).sqrt()
 
 
 def add_lora(model: GPT, lora: LoRA) -> None:
@@ -123,10 +126,11 @@ def model_parameters(config: Config, lora: Optional[LoRA] = None) -> dict[str, T
         return dict(model.named_parameters())
 
 
-def linear_layers(config: Config) -> list[str]:
-    """The modules that can carry an adapter: every linear layer of the blocks, and the head."""
+def linear_layers(config: Config) -> dict[str, tuple[int, int]]:
+    """The modules that can carry an adapter, every linear layer of the blocks and the head, and their (out, in)."""
     with torch.device("meta"):
-        return [name for name, module in GPT(config).named_modules() if isinstance(module, nn.Linear)]
+        modules = GPT(config).named_modules()
+        return {name: (m.out_features, m.in_features) for name, m in modules if isinstance(m, nn.Linear)}
 
 
 def is_lora(name: str) -> bool:
@@ -134,18 +138,22 @@ def is_lora(name: str) -> bool:
     return name.rpartition(".")[2] in (A, B, MAGNITUDE)
 
 
-def fresh_tensors(lora: LoRA, weight: Callable[[str], Tensor], seed: int) -> dict[str, Tensor]:
+def fresh_tensors(
+    lora: LoRA, layers: Mapping[str, tuple[int, int]], weight: Callable[[str], Tensor], seed: int
+) -> dict[str, Tensor]:
     """An adapter that changes nothing yet, fp32: A drawn as PEFT draws it (uniform within 1/√in), B zero, and DoRA's
-    magnitudes the row lengths of the weight. `weight(module)` gives the weight (out, in) under it."""
+    magnitudes the row lengths of the weight.
+
+    `layers` gives the (out, in) of each module, `weight(module)` the weight under it, which only DoRA reads."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, r in lora.ranks.items():
-        under = weight(name)
-        bound = 1 / math.sqrt(under.shape[1])
-        tensors[f"{name}.{A}"] = torch.empty(r, under.shape[1]).uniform_(-bound, bound, generator=generator)
-        tensors[f"{name}.{B}"] = torch.zeros(under.shape[0], r)
+        out, into = layers[name]
+        bound = 1 / math.sqrt(into)
+        tensors[f"{name}.{A}"] = torch.empty(r, into).uniform_(-bound, bound, generator=generator)
+        tensors[f"{name}.{B}"] = torch.zeros(out, r)
         if lora.dora:
-            tensors[f"{name}.{MAGNITUDE}"] = torch.linalg.vector_norm(under, dim=1, dtype=torch.float32)
+            tensors[f"{name}.{MAGNITUDE}"] = torch.linalg.vector_norm(weight(name), dim=1, dtype=torch.float32)
     return tensors
 
 
@@ -171,4 +179,5 @@ def folded(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Option
     whole = weight.float() + scale * (b.float() @ a.float())  # (n, in)
     if magnitude is None:
         return whole
-    return whole * (magnitude.float() / torch.linalg.vector_norm(whole, dim=1))[:, None]
+    lengths = torch.linalg.vector_norm(whole, dim=1).clamp(min=TINY)  # a row of zeros stays one
+    return whole * (magnitude.float() / lengths)[:, None]

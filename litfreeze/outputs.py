@@ -12,18 +12,20 @@ LOGS = ("metrics.csv", "tensorboard")  # what a run that ended before it saved a
 
 
 def claim(out_dir: Optional[Path], method: str) -> Path:
-    """A directory of this run's own, made if need be: the one asked for, or the next free default.
+    """A directory of this run's own, made if need be: the one asked for, or the next default that nobody has, another
+    run that has just begun included.
 
     Raises UsageError if it cannot be made."""
-    number = 1
-    while out_dir is None:
-        default = RUNS / (method if number == 1 else f"{method}-{number}")
-        out_dir, number = (None if used(default) else default), number + 1
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out_dir {out_dir} cannot be made: {error.strerror}.") from None
-    return out_dir
+    asked, number = out_dir is not None, 1
+    while True:
+        place = out_dir if asked else RUNS / (method if number == 1 else f"{method}-{number}")
+        try:
+            place.mkdir(parents=True, exist_ok=asked)
+            return place
+        except OSError as error:
+            if asked or not isinstance(error, FileExistsError):
+                raise UsageError(f"--out_dir {place} cannot be made: {error.strerror}.") from None
+            number += 1
 
 
 def used(path: Path) -> bool:

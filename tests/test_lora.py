@@ -63,7 +63,7 @@ def test_row_lengths_are_those_of_the_sum(lora, seed):
 @given(adapters(), st.integers(0, 1000))
 def test_a_new_adapter_changes_nothing_and_a_larger_rank_changes_nothing_more(lora, seed):
     weight = torch.randn(11, 7, generator=torch.Generator().manual_seed(seed))
-    fresh = fresh_tensors(lora, lambda _: weight, seed)
+    fresh = fresh_tensors(lora, {MODULE: (11, 7)}, lambda _: weight, seed)
     a, b = fresh[f"{MODULE}.lora_A"], fresh[f"{MODULE}.lora_B"]
     assert a.abs().max() <= 7**-0.5 and a.std() > 0.05 and not b.any()
     start = folded(weight, a, b, lora.scale(MODULE), fresh.get(f"{MODULE}.lora_magnitude"))
@@ -108,7 +108,7 @@ def test_dropout_falls_on_the_adapter_alone_and_in_training_alone():
 
 
 def test_the_model_keeps_its_names_and_a_tied_head_its_tie():
-    targets = [*linear_layers(DEMO)[:2], "head"]
+    targets = [*list(linear_layers(DEMO))[:2], "head"]
     lora = LoRA(dict.fromkeys(targets, 2), dict.fromkeys(targets, 4.0), dora=True)
     names = list(model_parameters(DEMO, lora))
     assert [name for name in names if not is_lora(name)] == list(model_parameters(DEMO))
@@ -120,4 +120,5 @@ def test_the_model_keeps_its_names_and_a_tied_head_its_tie():
 
 def test_every_linear_layer_can_be_adapted():
     layers = linear_layers(DEMO)
-    assert len(layers) == 12 * 7 + 1 and layers[-1] == "head"
+    assert len(layers) == 12 * 7 + 1 and layers["head"] == (DEMO.vocab_size, 128)
+    assert layers["blocks.11.mlp.down_proj"] == (128, 352)

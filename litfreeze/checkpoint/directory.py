@@ -46,7 +46,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]  # all of them or, over a base, those that stand in its place
     dtypes: Mapping[str, torch.dtype]  # of `tensors`
     manifest: Optional[dict[str, Any]] = None  # None: a plain Hugging Face or PEFT directory
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)  # of a whole one whose head has been untied
     base: Optional["Checkpoint"] = None  # a whole checkpoint
     lora: Optional[LoRA] = None
 
@@ -112,25 +112,34 @@ class Checkpoint:
         layout = {name: entry for name, entry in self.layout().items() if name not in self.aliases}
         return weights_hash(layout, self.tensor_hashes)
 
+    def hash_of_contents(self) -> str:
+        """`weights_hash`, with every weight read, whatever is on record."""
+        return replace(self, manifest=None).weights_hash
+
     def untied(self) -> "Checkpoint":
         """The same checkpoint with a head of its own, which starts as a copy of the embedding."""
         if not self.config.tie_embeddings:
             raise UsageError(f"{self.path}: the head is not tied to the embedding, so there is nothing to untie.")
-        return replace(
+        apart = replace(
             self,
             hf_config={**self.hf_config, "tie_word_embeddings": False},
             config=replace(self.config, tie_embeddings=False),
-            aliases={"head.weight": "embed.weight"},
         )
+        if self.base is None:
+            return replace(apart, aliases={"head.weight": "embed.weight"})
+        tensors, dtypes = self.tensors, self.dtypes
+        if "embed.weight" in tensors:  # then the head begins as this embedding, and not as the base's
+            tensors = InMemory({**tensors, "head.weight": tensors["embed.weight"]})
+            dtypes = {**dtypes, "head.weight": dtypes["embed.weight"]}
+        return replace(apart, tensors=tensors, dtypes=dtypes, base=self.base.untied())
 
     def with_lora(self, lora: LoRA, tensors: Mapping[str, Tensor]) -> "Checkpoint":
         """The same checkpoint carrying an adapter of these `tensors`, in place of the one it may have had.
 
         It goes by the path, manifest and hash of what it was made from until it is written."""
         own = {name: self.tensors[name] for name in self.replaced} | dict(tensors)
-        aliases = {} if self.base is None else self.aliases  # a whole one becomes the base, and keeps its own
         dtypes = {name: self.dtypes[name] if name in self.replaced else own[name].dtype for name in own}
-        return replace(self, tensors=InMemory(own), dtypes=dtypes, base=self.whole, lora=lora, aliases=aliases)
+        return replace(self, tensors=InMemory(own), dtypes=dtypes, base=self.whole, lora=lora, aliases={})
 
 
 class InMemory(dict):
@@ -162,8 +171,9 @@ def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, for
     manifest = _read_manifest(path) if (path / MANIFEST).is_file() else None
     if manifest is not None and manifest.get("holds") == TRAINED:
         return _open_over_base(path, hf_config, config, manifest, base_dir, force_base)
-    if base_dir is not None:
-        raise UsageError(f"--base_dir {base_dir}: {path} holds all its weights and needs no base.")
+    if base_dir is not None or force_base:
+        option = "--force_base" if base_dir is None else f"--base_dir {base_dir}"
+        raise UsageError(f"{option}: {path} holds all its weights and needs no base.")
     shapes = _shapes(config)
     if manifest is None:
         tensors = HFTensors(path, config, hf_config["model_type"], shapes)
@@ -182,6 +192,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path / MANIFEST} has format {manifest.get('format')!r}; this litfreeze reads {FORMAT}.")
     if not isinstance(manifest.get("weights_hash"), str) or not isinstance(manifest.get("tensors"), dict):
         raise UsageError(f"{path / MANIFEST} has no hashes: it is damaged, or not written by litfreeze.")
+    runs = [manifest.get("training") or {}, *manifest.get("history", [])]
+    for run in runs:
+        figures = ("step", "epochs", "tokens") if run else ()
+        if not isinstance(run, dict) or not all(isinstance(run.get(key), (int, float)) for key in figures):
+            raise UsageError(f"{path / MANIFEST}: what it says of its training is damaged.")
     return manifest
 
 
@@ -208,7 +223,10 @@ def _open_over_base(
     _check_shapes(stored, shapes)
     if missing := [name for name in shapes if name not in stored and (is_lora(name) or name in manifest["tensors"])]:
         raise UsageError(f"{stored.path}: tensor {missing[0]} is missing from its weights.")
-    base = open_base(path, manifest, base_dir, force_base)
+    for name in stored:
+        if sha256(stored[name], stored.layout(name)[0]) != manifest["tensors"].get(name):
+            raise UsageError(f"{stored.files[name].path}: {name} is damaged: its sha256 is not the one on record.")
+    base = open_beneath(path, manifest, base_dir, force_base)
     if base.config.tie_embeddings and not config.tie_embeddings:
         base = base.untied()
     if base.config != config:
@@ -220,46 +238,52 @@ def _open_over_base(
 def identity(checkpoint: Checkpoint, seen_from: Path) -> dict[str, Any]:
     """What a checkpoint in `seen_from` keeps to find and to recognise its base again.
 
-    The sizes and times of a Hugging Face directory's files stand in for reading all of its weights every time."""
+    The sizes and times of the base's files stand in for reading all of its weights every time."""
     path = checkpoint.path.resolve()
-    found = {
+    return {
         "path": str(path),
         "from_here": os.path.relpath(path, seen_from.resolve()),
         "weights_hash": checkpoint.weights_hash,
+        "files": _stamps(path),
     }
-    return found if checkpoint.manifest is not None else {**found, "files": _stamps(path)}
 
 
-def open_base(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Path | str], force: bool) -> Checkpoint:
+def open_beneath(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Path | str], force: bool) -> Checkpoint:
     """The base that the manifest of `path` names, or `base_dir`, once it is known for the one trained on."""
     known = manifest.get("base")
-    if not isinstance(known, dict) or not all(isinstance(known.get(key), str) for key in ("path", "weights_hash")):
+    words = ("path", "from_here", "weights_hash")
+    if not isinstance(known, dict) or not all(isinstance(known.get(word), str) for word in words):
         raise UsageError(f"{path / MANIFEST} names no base: it is damaged.")
-    places = [Path(base_dir)] if base_dir is not None else [Path(known["path"]), path / str(known.get("from_here", ""))]
-    place = next((place for place in places if (place / "config.json").is_file()), None)
-    if place is None:
-        if base_dir is not None:
-            raise UsageError(f"--base_dir {base_dir} is no checkpoint.")
+    # What moved along with the checkpoint comes before what stands where the base once was
+    places = [Path(base_dir)] if base_dir is not None else [path / known["from_here"], Path(known["path"])]
+    places = list(dict.fromkeys(place.resolve() for place in places if (place / "config.json").is_file()))
+    if base_dir is None and path.resolve() in places:
+        places.remove(path.resolve())
+    if not places and base_dir is not None:
+        raise UsageError(f"--base_dir {base_dir} is no checkpoint.")
+    if not places:
         raise UsageError(
             f"{path} holds only what trained, over {known['path']}, which is no longer there. "
             "Name the base's directory with --base_dir."
         )
-    base = open_checkpoint(place)
-    if base.base is not None:
-        raise UsageError(
-            f"--base_dir {place} itself holds only what trained. Name the base under it, {base.base.path}."
-        )
-    untouched = known.get("files") is not None and base.manifest is None and known["files"] == _stamps(place)
-    if not force and not untouched and base.weights_hash != known["weights_hash"]:
-        raise UsageError(
-            f"{place} is not the base that {path} was trained on (its weights have sha256 {base.weights_hash[:16]}…, "
-            f"not {known['weights_hash'][:16]}…). Name that one with --base_dir, or insist with --force_base."
-        )
-    return base
+    refused = []
+    for place in places:
+        base = open_checkpoint(place)
+        if base.base is not None:
+            raise UsageError(
+                f"--base_dir {place} itself holds only what trained. Name the base under it, {base.base.path}."
+            )
+        found = base.weights_hash if known.get("files") == _stamps(place) else base.hash_of_contents()
+        if force or found == known["weights_hash"]:
+            return base
+        refused.append(f"{place} is not the base that {path} was trained on (its weights have sha256 {found[:16]}…, ")
+    raise UsageError(
+        f"{refused[0]}not {known['weights_hash'][:16]}…). Name that one with --base_dir, or insist with --force_base."
+    )
 
 
 def _stamps(path: Path) -> dict[str, list[int]]:
-    """Size and time of change (ns) of the files that a Hugging Face directory's weights can stand in."""
+    """Size and time of change (ns) of the files that weights can stand in."""
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 

@@ -50,6 +50,14 @@ class Rounding:
         """The share of the weights that were to move and did not."""
         return self.stuck / self.moving if self.moving else 0.0
 
+    def describe(self, merged: Checkpoint) -> str:
+        """'Rounding to bfloat16 left …', in one line."""
+        stored = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in merged.dtypes.values()}))
+        return (
+            f"Rounding to {stored} left a relative error of {100 * self.error:.2g} % in the change; "
+            f"{100 * self.stuck_share:.2g} % of the {self.moving:,} weights it moves stayed where they were."
+        )
+
 
 class FoldedTensors(Mapping):
     """The tensors of `checkpoints`, which stand over the same base, folded when they are read. `rounding` grows as
@@ -60,7 +68,6 @@ class FoldedTensors(Mapping):
     ) -> None:
         self.parts = list(zip(checkpoints, weights, strict=True))
         self.base = checkpoints[0].whole
-        self.aliases = checkpoints[0].aliases
         self.dtypes = dtypes
         self.rounding = Rounding()
 
@@ -74,19 +81,15 @@ class FoldedTensors(Mapping):
         return name in self.dtypes  # Mapping's own would fold the tensor
 
     def __getitem__(self, name: str) -> Tensor:
-        before = self.base.read(self.aliases.get(name, name))
+        before = self.base.read(name)
         module = name.rpartition(".")[0] if name.endswith(".weight") else ""
         adapted = [part for part in self.parts if part[0].lora is not None and module in part[0].lora.ranks]
-        changed = [part for part in self.parts if part in adapted or self._replaces(part[0], name)]
+        changed = [part for part in self.parts if part in adapted or name in part[0].replaced]
         if not changed:
             return before.to(self.dtypes[name])
         if len(changed) == 1 and not adapted and changed[0][1] == 1:
             return self._counted(before, changed[0][0].read(name), self.dtypes[name])
         return self._fold(name, module, before, changed)
-
-    @staticmethod
-    def _replaces(checkpoint: Checkpoint, name: str) -> bool:
-        return checkpoint.aliases.get(name, name) in checkpoint.replaced
 
     def _fold(self, name: str, module: str, before: Tensor, changed: list[tuple[Checkpoint, float]]) -> Tensor:
         rounded = torch.empty(before.shape, dtype=self.dtypes[name])
@@ -144,7 +147,7 @@ def fold(
         checkpoints = [checkpoint.untied() for checkpoint in checkpoints]
         first = checkpoints[0]
     names = model_parameters(first.config)
-    dtypes = {name: dtype or first.whole.dtype(first.aliases.get(name, name)) for name in names}
+    dtypes = {name: dtype or first.whole.dtype(name) for name in names}
     tensors = FoldedTensors(checkpoints, weights, dtypes)
     return replace(first, tensors=tensors, dtypes=dtypes, base=None, lora=None, aliases={})
 

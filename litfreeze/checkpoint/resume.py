@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from litfreeze.checkpoint.tensors import (
     TensorFile,
     replace_directory,
+    settle_directory,
     sha256,
     whole_directory,
     write_tensors,
@@ -30,18 +31,19 @@ def write_resume(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Saves what `optimizer` trains of `model`, in the dtypes it trains in, its state, and `facts` (JSON)."""
     tensors = _tensors(model, optimizer)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    target = run_dir / RESUME
-    fresh = run_dir / f"{RESUME}.new" if target.exists() else target
-    with whole_directory(fresh) as aside:
-        hashes = write_tensors(aside, STATE, layout, tensors.__getitem__, max_shard_bytes=2**63)
-        write_text(aside / FACTS, json.dumps({**facts, "tensors": hashes}, indent=2, ensure_ascii=False) + "\n")
-    if fresh != target:
-        replace_directory(fresh, target)
+
+    def write(place: Path) -> None:
+        with whole_directory(place) as aside:
+            hashes = write_tensors(aside, STATE, layout, tensors.__getitem__, max_shard_bytes=2**63)
+            write_text(aside / FACTS, json.dumps({**facts, "tensors": hashes}, indent=2, ensure_ascii=False) + "\n")
+
+    replace_directory(run_dir / RESUME, write)
 
 
 def read_facts(run_dir: Path) -> dict[str, Any]:
     """What stands beside the tensors, whose hashes are checked. Raises UsageError if there is nothing to resume, or it
     is damaged."""
+    settle_directory(run_dir / RESUME)
     if not (run_dir / RESUME).is_dir():
         done = " It is finished." if (run_dir / "final").is_dir() else ""
         raise UsageError(

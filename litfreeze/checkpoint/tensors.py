@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,7 @@ from torch import Tensor
 from litfreeze.config import read_json
 from litfreeze.errors import UsageError
 
+Result = TypeVar("Result")
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
 
 SAFETENSORS_DTYPES = {
@@ -289,14 +291,33 @@ def whole_directory(path: Path) -> Iterator[Path]:
         raise
 
 
-def replace_directory(fresh: Path, path: Path) -> None:
-    """Puts the finished directory `fresh` in the place of `path`, which is moved aside first and removed last."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+def replace_directory(path: Path, write: Callable[[Path], Result]) -> Result:
+    """Has `write` make a directory, whole or not at all, and puts it in the place of `path`, if there is one already.
+
+    At every moment `path` is there, or `settle_directory` can bring it back."""
+    settle_directory(path)
+    if not path.exists():
+        return write(path)
+    fresh, old = _fresh_and_old(path)
+    result = write(fresh)
     path.rename(old)
     fresh.rename(path)
     _fsync(path.parent)
     shutil.rmtree(old)
+    return result
+
+
+def settle_directory(path: Path) -> None:
+    """Finishes, or takes back, a replacement of `path` that was cut short."""
+    fresh, old = _fresh_and_old(path)
+    for whole in (fresh, old):
+        if not path.exists() and whole.exists():
+            whole.rename(path)
+        shutil.rmtree(whole, ignore_errors=True)
+
+
+def _fresh_and_old(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
 
 
 def _fsync(path: Path) -> None:

@@ -8,4 +8,3 @@ VAL_FILE = Path(__file__).parent / "data" / "validate.jsonl"
 
 # What the demo trains with where the person did not say otherwise: its weights, or an adapter
 TRAIN_DEFAULTS = {"lr": 2e-3, "epochs": 8}
-LORA_DEFAULTS = {"lr": 1e-2, "epochs": 8}

@@ -1,6 +1,5 @@
 """Where a LoRA run begins: with a new adapter, with the one it was given, or with a new one over the merged base."""
 
-from math import isfinite
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -8,9 +7,9 @@ from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.merge import fold
 from litfreeze.errors import UsageError
 from litfreeze.freeze.layers import format_layers, parse_layers
-from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.freeze.words import adapter_targets, weights_in_full
-from litfreeze.lora import LoRA, fresh_tensors, grown_tensors
+from litfreeze.lora import LoRA, fresh_tensors, grown_tensors, linear_layers
 
 FRESH = {"lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05, "use_rslora": False, "use_dora": False}
 LR = 2e-4  # of a new adapter; Dettmers et al., arXiv 2305.14314, for models up to 13B
@@ -43,7 +42,8 @@ def begin(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, Fre
 
 def default_lr(opened: Checkpoint, options: SimpleNamespace) -> tuple[float, Optional[str]]:
     """The learning rate if none is given, and what to say about it: an adapter that has trained goes on slower."""
-    last = opened.history[-1].get("lr") if opened.lora is not None and opened.history else None
+    runs = _runs(opened)
+    last = runs[-1].get("lr") if opened.lora is not None and runs else None
     if last is None or options.merge_first or options.resume:
         return LR, None
     slower, given = last * SLOWER, options.train.lr
@@ -72,8 +72,10 @@ def _fresh(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint
         rslora=chosen["use_rslora"],
         dora=chosen["use_dora"],
     )
-    plan = FreezePlan.adapter(config, lora, full, options.lora_plus_ratio, options.full_lr_ratio)
-    return checkpoint.with_lora(lora, fresh_tensors(lora, _weight(checkpoint), options.seed)), plan
+    plan = FreezePlan.adapter(config, lora, full, options.lora_plus_ratio or 1.0, options.full_lr_ratio)
+    return checkpoint.with_lora(
+        lora, fresh_tensors(lora, linear_layers(config), _weight(checkpoint), options.seed)
+    ), plan
 
 
 def _continued(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, FreezePlan, list[str]]:
@@ -92,7 +94,10 @@ def _continued(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint
     if options.lora_dropout is not None and options.lora_dropout != lora.dropout:
         told.append(f"Dropout {options.lora_dropout:g} from here on; it was {lora.dropout:g}.")
         new = LoRA(new.ranks, new.alphas, options.lora_dropout, new.rslora, new.dora)
-    plan = FreezePlan.adapter(opened.config, new, in_full, options.lora_plus_ratio, options.full_lr_ratio)
+    ratio = options.lora_plus_ratio
+    if ratio is None and (ratio := (opened.manifest or {}).get("training", {}).get("lora_plus_ratio", 1.0)) != 1:
+        told.append(f"B goes on at {ratio:g} times the learning rate of A (LoRA+), as before.")
+    plan = FreezePlan.adapter(opened.config, new, in_full, ratio, options.full_lr_ratio)
     return opened.with_lora(new, tensors), plan, told
 
 
@@ -113,22 +118,7 @@ def _refuse_conflicts(opened: Checkpoint, in_full: list[str], options: SimpleNam
     _compare("lora_alpha", options.lora_alpha, alphas.values(), opened)
     _compare("use_rslora", options.use_rslora, [lora.rslora], opened)
     _compare("use_dora", options.use_dora, [lora.dora], opened)
-    if options.trainable_layers is not None or options.lora_targets is not None:
-        layers = "all" if options.trainable_layers is None else options.trainable_layers
-        asked = adapter_targets(config, layers, "all" if options.lora_targets is None else options.lora_targets)
-        if options.trainable_layers is None:  # the targets alone were named: inside the adapter's own blocks
-            blocks = {module.split(".")[1] for module in lora.ranks if module != "head"}
-            asked = [module for module in asked if module == "head" or module.split(".")[1] in blocks]
-        if options.lora_targets is None:
-            kinds = {module.rpartition(".")[2] for module in lora.ranks}
-            asked = [module for module in asked if module.rpartition(".")[2] in kinds]
-        kept = {module for module in lora.ranks if options.lora_targets is not None or module != "head"}
-        if set(asked) != kept:
-            name = "trainable_layers" if options.trainable_layers is not None else "lora_targets"
-            raise UsageError(
-                f"--{name} {getattr(options, name)} contradicts the adapter of {opened.path}, which stands on "
-                f"{_where(lora)}. {OTHERWISE}"
-            )
+    _compare_places(opened, options)
     for name in ("full_layers", "trainable_extra"):
         if getattr(options, name) is not None:
             full = weights_in_full(config, options.full_layers, options.trainable_extra)
@@ -140,6 +130,25 @@ def _refuse_conflicts(opened: Checkpoint, in_full: list[str], options: SimpleNam
                 )
 
 
+def _compare_places(opened: Checkpoint, options: SimpleNamespace) -> None:
+    """Blocks are compared with the adapter's blocks, targets with what it has in them."""
+    lora, config = opened.lora, opened.config
+    blocks = sorted({block_of(module) for module in lora.ranks} - {None})
+    asked = blocks
+    wrong = None
+    if options.trainable_layers is not None:
+        asked = parse_layers(options.trainable_layers, config.n_layer)
+        wrong = "trainable_layers" if asked != blocks else None
+    if wrong is None and options.lora_targets is not None:
+        targets = adapter_targets(config, format_layers(asked), options.lora_targets)
+        wrong = "lora_targets" if set(targets) != set(lora.ranks) else None
+    if wrong is not None:
+        raise UsageError(
+            f"--{wrong} {getattr(options, wrong)} contradicts the adapter of {opened.path}, which stands on "
+            f"{_where(lora)}. {OTHERWISE}"
+        )
+
+
 def _compare(name: str, asked: Any, own: Any, opened: Checkpoint, hint: str = "") -> None:
     if asked is not None and any(asked != value for value in own):
         shown = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(set(own)))
@@ -149,31 +158,36 @@ def _compare(name: str, asked: Any, own: Any, opened: Checkpoint, hint: str = ""
 
 
 def _check_ranges(options: SimpleNamespace) -> None:
-    if options.lora_r is not None and options.lora_r < 1:
-        raise UsageError(f"--lora_r {options.lora_r} must be at least 1.")
+    if options.lora_r is not None and (not isinstance(options.lora_r, int) or options.lora_r < 1):
+        raise UsageError(f"--lora_r {options.lora_r} must be a whole number, at least 1.")
     if options.lora_alpha is not None and not 0 < options.lora_alpha < float("inf"):
         raise UsageError(f"--lora_alpha {options.lora_alpha:g} must be a number above 0.")
     if options.lora_dropout is not None and not 0 <= options.lora_dropout < 1:
         raise UsageError(f"--lora_dropout {options.lora_dropout:g} must be at least 0 and below 1.")
     for name in ("lora_plus_ratio", "full_lr_ratio"):
-        if not getattr(options, name) > 0 or not isfinite(getattr(options, name)):
+        if getattr(options, name) is not None and not 0 < getattr(options, name) < float("inf"):
             raise UsageError(f"--{name} {getattr(options, name):g} must be a number above 0.")
 
 
 def _past(opened: Checkpoint) -> list[str]:
     """How far it had trained, and what it had reached."""
     lines = []
-    for run in opened.history:
+    for run in _runs(opened):
         after = f", validation loss {run['after']['loss']:.4f}" if run.get("after") else ""
         steps = f"{run['step']} step{'s' * (run['step'] != 1)} ({run['epochs']:g} epochs, {run['tokens']:,} tokens)"
         lines.append(f"Trained   {run['kind']}: {steps}{after}.")
     return lines
 
 
+def _runs(opened: Checkpoint) -> list[dict[str, Any]]:
+    """What trained it, as far as is known: a PEFT adapter says nothing, and what its base says is not its own."""
+    return opened.history if opened.manifest is not None else []
+
+
 def _where(lora: LoRA) -> str:
     kinds = list(dict.fromkeys(module.rpartition(".")[2] for module in lora.ranks))
-    blocks = format_layers(int(module.split(".")[1]) for module in lora.ranks if module != "head")
-    return f"{', '.join(kinds)} of blocks {blocks}"
+    blocks = {block_of(module) for module in lora.ranks} - {None}
+    return ", ".join(kinds) + (f" of blocks {format_layers(blocks)}" if blocks else "")
 
 
 def _one(values: Any) -> str:

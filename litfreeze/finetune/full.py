@@ -64,6 +64,8 @@ def setup(
     """
     given = dict(locals())
 
+    import shlex
+
     import torch
 
     from litfreeze.errors import UsageError
@@ -77,8 +79,8 @@ def setup(
     checkpoint = open_base(o.checkpoint_dir, o.untie_embeddings, o.base_dir)
     if checkpoint.lora is not None:
         raise UsageError(
-            f"{checkpoint.path} is an adapter. Fold it into its base first (litfreeze merge_lora --checkpoint_dir "
-            f"{checkpoint.path}), or go on with litfreeze finetune lora."
+            f"{checkpoint.path} is an adapter. Fold it into its base first (litfreeze merge_lora "
+            f"{shlex.quote(str(checkpoint.path))}), or go on with litfreeze finetune lora."
         )
     plan = plan_from_words(
         checkpoint.config,
@@ -90,6 +92,8 @@ def setup(
         freeze_extra_modules=o.freeze_extra_modules,
         freeze_trainable_layers_ids=o.freeze_trainable_layers_ids,
     )
+    if o.save != "full" and plan.trained == set(plan.sizes):
+        raise UsageError(f"--save {o.save}: everything trains, so that a delta would be the whole. Name some layers.")
     data, train = with_demo_defaults(o.checkpoint_dir, o.data, o.train, lr=5e-5, epochs=3)
     fabric, kept = build_fabric(o.accelerator, o.devices, o.num_nodes, o.precision)
     job = Job(

@@ -23,7 +23,7 @@ def setup(
     lora_dropout: Optional[float] = None,
     use_rslora: Optional[bool] = None,
     use_dora: Optional[bool] = None,
-    lora_plus_ratio: float = 1.0,
+    lora_plus_ratio: Optional[float] = None,
     full_layers: Layers = None,
     trainable_extra: Names = None,
     full_lr_ratio: float = 0.1,
@@ -57,7 +57,8 @@ def setup(
         lora_dropout: On what goes into the adapter; 0.05 unless said.
         use_rslora: Scale by alpha / sqrt(r), so that high ranks learn as fast as low ones.
         use_dora: Also learn the length of each row of the adapted weights (DoRA).
-        lora_plus_ratio: LoRA+: B learns at this many times the learning rate of A; 16 is its authors' choice.
+        lora_plus_ratio: LoRA+: B learns at this many times the learning rate of A, 1 unless said; 16 is its authors'
+            choice.
         full_layers: Blocks that train in full, beside the adapter on others.
         trainable_extra: What trains in full outside the blocks: embed, head, final_norm.
         full_lr_ratio: Weights that train in full learn at this many times the learning rate.
@@ -75,7 +76,6 @@ def setup(
     """
     given = dict(locals())
 
-    from litfreeze.demo import LORA_DEFAULTS
     from litfreeze.finetune.adapter import begin, default_lr
     from litfreeze.finetune.setting import open_base, recipe_yaml, settled, with_demo_defaults
     from litfreeze.launch import build_fabric, launch
@@ -86,7 +86,7 @@ def setup(
     opened = open_base(o.checkpoint_dir, o.untie_embeddings, o.base_dir, o.force_base)
     checkpoint, plan, notes = begin(opened, o)
     lr, note = default_lr(opened, o)
-    data, train = with_demo_defaults(o.checkpoint_dir, o.data, o.train, lr=lr, epochs=3, demo=LORA_DEFAULTS)
+    data, train = with_demo_defaults(o.checkpoint_dir, o.data, o.train, lr=lr, epochs=3)
     fabric, kept = build_fabric(o.accelerator, o.devices, o.num_nodes, o.precision)
     job = Job(
         method="lora",

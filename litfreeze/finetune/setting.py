@@ -1,11 +1,12 @@
 """What every finetune script settles first: its options, the checkpoint, the data and the defaults of the demo."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass, replace
+from operator import index
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional, Union
+from typing import Any, Optional, SupportsIndex, Union
 
 import yaml
 
@@ -24,16 +25,9 @@ DEVICES = ("accelerator", "devices", "num_nodes")  # what a resumed run may be t
 def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any]) -> SimpleNamespace:
     """The options a run goes by: those given or, with `resume`, those of the interrupted run, whose folder `out_dir` is
     then. Raises UsageError if there is nothing to resume, or options are given that could not be honoured."""
-    given = SimpleNamespace(**options)
+    given = SimpleNamespace(**{name: _plain(value) for name, value in options.items()})
     if not given.resume:
         return given
-    defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
-    changed = _changed(options, defaults)
-    if other := [name for name in changed if name not in ("resume", *DEVICES)]:
-        raise UsageError(
-            f"--{_first_leaf(other[0], changed)} stands beside --resume: an interrupted run goes on with its own "
-            "options. Leave it out, or start a new run."
-        )
     run_dir = last_resumable(method) if str(given.resume) in ("True", "auto") else Path(given.resume)
     facts = read_facts(run_dir)
     if facts.get("method") != method:
@@ -44,8 +38,20 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
         own[name] = own[name] and folder / own[name]
     for name in ("path", "val_path"):
         setattr(own["data"], name, getattr(own["data"], name) and folder / getattr(own["data"], name))
-    kept = {name: options[name] for name in DEVICES if name in changed}
-    return SimpleNamespace(**{**own, **kept, "out_dir": run_dir, "resume": run_dir})
+    defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
+    changed = _leaves(_changed(vars(given), defaults))
+    for name, value in changed.items():
+        group, _, leaf = name.rpartition(".")
+        if name in (*DEVICES, "base_dir"):
+            own[name] = value
+        elif name in ("data.path", "data.val_path"):  # where it lies may change; what it holds is compared
+            setattr(own["data"], leaf, Path(value))
+        elif name != "resume" and str(value) != str(kept := getattr(own[group], leaf) if group else own[name]):
+            raise UsageError(
+                f"--{name} {value} stands beside --resume, but the run was made with {kept}. Leave it out, or start a "
+                "new run."
+            )
+    return SimpleNamespace(**{**own, "out_dir": run_dir, "resume": run_dir})
 
 
 def open_base(
@@ -60,21 +66,16 @@ def open_base(
 
 
 def with_demo_defaults(
-    checkpoint_dir: Optional[Path],
-    data: Union[DataArgs, Path, str],
-    train: TrainArgs,
-    lr: float,
-    epochs: int,
-    demo: Mapping[str, Any] = TRAIN_DEFAULTS,
+    checkpoint_dir: Optional[Path], data: Union[DataArgs, Path, str], train: TrainArgs, lr: float, epochs: int
 ) -> tuple[DataArgs, TrainArgs]:
-    """Fills in what was left open: the embedded utterances, and `lr` and `epochs` (those of `demo`, for its model).
+    """Fills in what was left open: the embedded utterances, and `lr` and `epochs` (of the demo, for its model).
 
     A bare path stands for `DataArgs(path)`."""
     data = data if isinstance(data, DataArgs) else DataArgs(path=Path(data))
     if data.path is None:
         own_split = data.val_path is not None or data.val_split_fraction is not None
         data = replace(data, path=TRAIN_FILE, val_path=data.val_path if own_split else VAL_FILE)
-    settled = {"lr": lr, "epochs": epochs, **(demo if checkpoint_dir is None else {})}
+    settled = {"lr": lr, "epochs": epochs, **(TRAIN_DEFAULTS if checkpoint_dir is None else {})}
     if train.max_steps is not None:
         settled.pop("epochs")  # the steps say how long
     return data, replace(train, **{name: value for name, value in settled.items() if getattr(train, name) is None})
@@ -100,6 +101,17 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     return changed
 
 
-def _first_leaf(name: str, values: Mapping[str, Any]) -> str:
-    """'train.lr', where 'train' is a group of which lr is given."""
-    return f"{name}.{next(iter(values[name]))}" if isinstance(values[name], dict) and values[name] else name
+def _leaves(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{'train.lr': 1e-4} of {'train': {'lr': 1e-4}}."""
+    found = {}
+    for name, value in values.items():
+        inner = value if name in ("data", "train", "eval") else None
+        found |= {name: value} if inner is None else {f"{name}.{leaf}": v for leaf, v in inner.items()}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Ranges, arrays, sets and their like, as Python gives them for layers, as plain lists."""
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        return [_plain(item) for item in value]
+    return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value

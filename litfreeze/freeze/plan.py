@@ -29,6 +29,7 @@ class FreezePlan:
     trained: frozenset[str]
     lora: Optional[LoRA] = None
     lr_scales: Mapping[str, float] = field(default_factory=dict)  # parameter -> times the learning rate, if not 1
+    lora_plus_ratio: float = 1.0
 
     @classmethod
     def everything(cls, config: Config) -> "FreezePlan":
@@ -74,7 +75,7 @@ class FreezePlan:
         trained = full.union(*(lora.parameters(module) for module in lora.ranks))
         scales = dict.fromkeys(full, full_lr_ratio) | {f"{module}.{B}": lora_plus_ratio for module in lora.ranks}
         scales = {name: scale for name, scale in scales.items() if scale != 1}
-        return cls(config, _sizes(config, lora), trained, lora, scales)
+        return cls(config, _sizes(config, lora), trained, lora, scales, lora_plus_ratio)
 
     def lr_scale(self, name: str) -> float:
         """What the learning rate is multiplied by for the parameter `name`."""

@@ -19,6 +19,8 @@ def weights_in_full(config: Config, layers: Optional[Spec], extra: Names) -> fro
         return frozenset()
     parse_layers("none" if layers is None else layers, config.n_layer, option="full_layers")
     words = [EXTRA_ALIASES.get(word, word) for word in _split(extra) or ()]
+    if not words and layers == "none":
+        return frozenset()
     return FreezePlan.choose(config, "none" if layers is None else layers, extra=words).trained
 
 

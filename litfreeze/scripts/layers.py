@@ -46,6 +46,8 @@ def setup(
     if micro_batch_size < 1 or max_seq_length < 1:
         raise UsageError("--micro_batch_size and --max_seq_length must be at least 1.")
     base = open_base(checkpoint_dir, untie_embeddings)
+    if base.lora is not None:
+        raise UsageError(f"{base.path} is an adapter: {base.lora.describe()}. Name a model, or merge it first.")
     plan = plan_from_words(
         base.config,
         trainable_layers=trainable_layers,

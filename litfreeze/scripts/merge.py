@@ -41,7 +41,7 @@ def merge_lora(
             what = "holds what trained, without an adapter: litfreeze merge_delta makes it whole"
             raise UsageError(f"{part.path} {what if part.base else 'is a whole model, with no adapter to merge'}.")
     settings = " and ".join(part.lora.describe() for part in parts)
-    return _merge(parts, shares, out_dir or Path(f"{paths[0].rstrip('/')}-merged"), dtype, settings)
+    return _merge(parts, shares, out_dir or _beside(paths[0], "-merged"), dtype, settings)
 
 
 def merge_delta(
@@ -70,7 +70,7 @@ def merge_delta(
         raise UsageError(f"{path} holds all its weights already.")
     if part.lora is not None:
         raise UsageError(f"{path} is an adapter: litfreeze merge_lora --checkpoint_dir {path} folds it in.")
-    return _merge([part], [1.0], out_dir or path.with_name(f"{path.name}-whole"), dtype, f"{len(part.tensors)} tensors")
+    return _merge([part], [1.0], out_dir or _beside(path, "-whole"), dtype, f"{len(part.tensors)} tensors")
 
 
 def _merge(parts: list, shares: list[float], out_dir: Path, dtype: Optional[str], what: str) -> Path:
@@ -88,15 +88,11 @@ def _merge(parts: list, shares: list[float], out_dir: Path, dtype: Optional[str]
         str(part.path) + (f" (times {share:g})" if share != 1 else "")
         for part, share in zip(parts, shares, strict=True)
     )
-    stored = ", ".join(sorted({str(kind).removeprefix("torch.") for kind in merged.dtypes.values()}))
     print(f"Merged    {names}: {what}")
     print(f"Base      {parts[0].base.path}")
     if merged.config.tie_embeddings != parts[0].config.tie_embeddings:
         print("Head      adapted, so it has weights of its own now and is no longer tied to the embedding.")
-    print(
-        f"Rounding  to {stored} left a relative error of {100 * rounding.error:.2g} % in the change; "
-        f"{100 * rounding.stuck_share:.2g} % of the {rounding.moving:,} weights it moves stayed where they were."
-    )
+    print(rounding.describe(merged).replace("Rounding ", "Rounding  ", 1))
     if rounding.error > 1e-3 and dtype != "float32":
         print("          --dtype float32 keeps all of it, in a larger file.")
     place = shlex.quote(str(out_dir))
@@ -104,6 +100,13 @@ def _merge(parts: list, shares: list[float], out_dir: Path, dtype: Optional[str]
     print(f"Next      litfreeze generate --checkpoint_dir {place} --prompt Hello")
     print(f"          litfreeze convert to_hf --checkpoint_dir {place} --out_dir {shlex.quote(f'{out_dir}-hf')}")
     return out_dir
+
+
+def _beside(path: Union[str, Path], ending: str) -> Path:
+    """`path` with `ending` behind its name, also where it is `.` or `..`."""
+    path = Path(path)
+    path = path if path.name not in ("", "..") else path.resolve()
+    return path.with_name(f"{path.name}{ending}")
 
 
 def _several(checkpoint_dir: Union[str, Path, list[str], None]) -> list[str]:

@@ -1,7 +1,9 @@
 """What a run leaves in its folder on its way: checkpoints, and the point to go on from."""
 
 import hashlib
+import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -43,9 +45,10 @@ class Keeper:
         return self._write(FINAL, gpt, outcome, whole=job.save != "delta" or not separable, prove=True)
 
     def interval(
-        self, name: str, gpt: GPT, optimizer: torch.optim.Optimizer, outcome: Outcome, answer_before: str
+        self, name: str, gpt: GPT, optimizer: torch.optim.Optimizer, outcome: Outcome, more: Mapping[str, Any]
     ) -> None:
-        """A checkpoint on the way and the point to go on from; of the checkpoints only the last few stay."""
+        """A checkpoint on the way and the point to go on from, with what `more` it needs; of the checkpoints only the
+        last few stay."""
         self.checkpoint(name, gpt, outcome)
         reached = {name: value for name, value in asdict(outcome).items() if value != float("inf")}
         facts = {
@@ -53,16 +56,16 @@ class Keeper:
             "recipe": self.job.recipe,
             "folder": str(Path.cwd()),
             "outcome": reached,
-            "answer_before": answer_before,
+            **more,
             **self._fixed(),
         }
         write_resume(self.out_dir, gpt, optimizer, facts)
         for old in sorted(self.out_dir.glob("step-*"))[: -(self.job.train.keep_last or 2)]:
             shutil.rmtree(old)
 
-    def point(self) -> tuple[Outcome, str]:
-        """Where the interrupted run stood, and what the model answered before training. Raises UsageError if there is
-        nothing to go on from, or what the run was made of has changed."""
+    def point(self) -> tuple[Outcome, dict[str, Any]]:
+        """Where the interrupted run stood, and all that was kept with it. Raises UsageError if there is nothing to go
+        on from, or what the run was made of has changed."""
         facts = read_facts(self.out_dir)
         for name, value in self._fixed().items():
             if facts.get(name) != value:
@@ -72,7 +75,7 @@ class Keeper:
                 )
         reached = facts["outcome"]
         scores = {name: Scores(**reached[name]) for name in ("before", "after") if reached[name] is not None}
-        return Outcome(**{**reached, **scores}), facts["answer_before"]
+        return Outcome(**{**reached, **scores}), facts
 
     def done(self, outcome: Outcome) -> None:
         """Removes what only an unfinished run needs, and an earlier best checkpoint that the final one has beaten."""
@@ -85,17 +88,16 @@ class Keeper:
         kept = sorted(child.name for child in self.out_dir.iterdir() if (child / "litfreeze.json").is_file())
         told = f"Stopped by hand. Kept in {self.out_dir}: {', '.join(kept) or 'no checkpoint yet'}."
         if (self.out_dir / RESUME).is_dir():
-            told += f"\nGo on with: litfreeze finetune {self.job.method} --resume {self.out_dir}"
+            told += f"\nGo on with: litfreeze finetune {self.job.method} --resume {shlex.quote(str(self.out_dir))}"
         return told
 
     def _write(self, name: str, gpt: GPT, outcome: Outcome, whole: bool, prove: bool) -> Optional[Proof]:
-        job, target = self.job, self.out_dir / name
-        fresh = target.with_name(f"{name}.new") if target.exists() else target
-        known = self._manifest(outcome)
-        proof = write_trained(fresh, job.checkpoint, gpt, job.plan, known, whole, prove, job.save_dtype)
-        if fresh != target:
-            replace_directory(fresh, target)
-        return proof
+        job, known = self.job, self._manifest(outcome)
+
+        def write(place: Path) -> Optional[Proof]:
+            return write_trained(place, job.checkpoint, gpt, job.plan, known, whole, prove, job.save_dtype)
+
+        return replace_directory(self.out_dir / name, write)
 
     def _manifest(self, outcome: Outcome) -> dict[str, Any]:
         job = self.job
@@ -107,6 +109,7 @@ class Keeper:
                 "layers": format_layers(job.plan.layers),
                 "trained": sorted(job.plan.trained),
                 "lr": job.train.lr,
+                "lora_plus_ratio": job.plan.lora_plus_ratio,
                 "step": outcome.step,
                 "epochs": round(outcome.step / self.schedule.steps_per_epoch, 3),
                 "tokens": outcome.tokens,
@@ -123,8 +126,11 @@ class Keeper:
         digest = hashlib.sha256()
         for sample in self.samples.train + self.samples.val:
             digest.update(sample.tokens.tobytes() + b"|" + sample.labels.tobytes())
+        checkpoint = self.job.checkpoint
         return {
-            "base": self.job.checkpoint.whole.weights_hash,
+            "base": checkpoint.whole.weights_hash,
+            "checkpoint": checkpoint.weights_hash,
+            "adapter": checkpoint.lora and checkpoint.lora.to_dict(),
             "data": digest.hexdigest(),
             "plan": hashlib.sha256("\n".join(sorted(self.job.plan.trained)).encode()).hexdigest(),
             "steps": self.schedule.max_steps,

@@ -48,7 +48,7 @@ def run(fabric: Fabric, job: Job) -> Result:
     out_dir = fabric.broadcast(claim(job.out_dir, job.method) if fabric.is_global_zero else None)
     job = replace(job, checkpoint=_with_base_on_disk(fabric, job.checkpoint, out_dir))
     keeper = Keeper(job, out_dir, samples, schedule, saved_prompt)
-    outcome, answer_before = keeper.point() if job.resume else (Outcome(), None)
+    outcome, kept = keeper.point() if job.resume else (Outcome(), {})
 
     report = Report(
         job.checkpoint, job.plan, job.precision, job.train, samples, schedule, fabric.device, job.recipe, job.notes
@@ -61,11 +61,14 @@ def run(fabric: Fabric, job: Job) -> Result:
         model = fabric.setup_module(NextToken(gpt))
         plain = build_optimizer(gpt, job.plan, job.train, job.precision.name == "16-mixed")
         optimizer = fabric.setup_optimizers(plain)
+        scaler = getattr(fabric.strategy.precision, "scaler", None)  # of 16-mixed
         exchange = Exchange.first(tokenizer, samples.val or samples.train)
         answer_length = job.eval.max_new_tokens
         if job.resume:
             restore(out_dir, gpt, plain)
-            exchange.before = answer_before
+            exchange.before = kept["answer_before"]
+            if scaler is not None:
+                scaler.load_state_dict(kept["scaler"])
             monitor.say(f"Resumed after step {outcome.step} of {schedule.max_steps}.")
         else:
             exchange.before = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
@@ -75,7 +78,8 @@ def run(fabric: Fabric, job: Job) -> Result:
             if fabric.is_global_zero and name in (BEST, FINAL):
                 proof = keeper.checkpoint(name, gpt, outcome)
             elif fabric.is_global_zero:
-                keeper.interval(name, gpt, plain, outcome, exchange.before)
+                more = {"answer_before": exchange.before, "scaler": scaler and scaler.state_dict()}
+                keeper.interval(name, gpt, plain, outcome, more)
             return fabric.broadcast(proof)
 
         outcome = fit(
@@ -128,7 +132,7 @@ def _with_base_on_disk(fabric: Fabric, checkpoint: Checkpoint, out_dir: Path) ->
         return checkpoint
     place = out_dir / MERGED_BASE
     if fabric.is_global_zero and not place.exists():
-        write_merged(place, base)
+        print(f"Merged    into {place}, a checkpoint of its own. {write_merged(place, base).describe(base)}")
     fabric.barrier()
     return replace(checkpoint, base=open_checkpoint(place))
 

@@ -15,7 +15,7 @@ from litfreeze.checkpoint.write import write_over_base
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
 from litfreeze.freeze.words import adapter_targets, weights_in_full
-from litfreeze.lora import LoRA, fresh_tensors, is_lora
+from litfreeze.lora import LoRA, fresh_tensors, is_lora, linear_layers
 from litfreeze.scripts.merge import merge_lora
 
 
@@ -30,7 +30,7 @@ def adapted(
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in fresh_tensors(lora, read, seed).items()
+        for name, tensor in fresh_tensors(lora, linear_layers(base.config), read, seed).items()
     }
     for name in sorted(weights_in_full(base.config, full, None)):
         weight = base.read(name).float()

@@ -122,11 +122,41 @@ def test_a_hugging_face_base_is_known_by_its_files_or_read_again(tmp_path, base_
     assert open_checkpoint(tmp_path / "delta").base.path == tmp_path / "hf"
     # The converted copy has the same identity
     assert open_checkpoint(tmp_path / "delta", base_dir).base.path == base_dir
-    data = bytearray((tmp_path / "hf/model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "hf/model.safetensors").write_bytes(data)
+    flip_last_byte(tmp_path / "hf/model.safetensors")
     with pytest.raises(UsageError, match="is not the base"):
         open_checkpoint(tmp_path / "delta")
+
+
+def test_a_base_whose_bytes_changed_under_its_manifest_is_refused(tmp_path, base_dir):
+    train_by_hand(base_dir, tmp_path / "delta", False)
+    flip_last_byte(base_dir / "litfreeze.safetensors")
+    with pytest.raises(UsageError, match="is not the base"):
+        open_checkpoint(tmp_path / "delta")
+
+
+def test_the_base_that_moved_along_comes_before_what_stands_in_its_old_place(tmp_path, base_dir):
+    (tmp_path / "p").mkdir()
+    base_dir.rename(tmp_path / "p/base")
+    train_by_hand(tmp_path / "p/base", tmp_path / "p/delta", False)
+    shutil.copytree(tmp_path / "p", tmp_path / "q")
+    shutil.rmtree(tmp_path / "p/base")
+    train_by_hand(MODEL_DIR, tmp_path / "p/base", True, "0")  # another model in the old place
+    assert open_checkpoint(tmp_path / "q/delta").base.path == tmp_path / "q/base"
+    (tmp_path / "q/base").rename(tmp_path / "away")
+    with pytest.raises(UsageError, match="is not the base"):
+        open_checkpoint(tmp_path / "q/delta")
+
+
+def test_dots_stand_for_directories_too(tmp_path, base_dir, monkeypatch):
+    train_by_hand(base_dir, tmp_path / "delta", False)
+    monkeypatch.chdir(tmp_path / "delta")
+    assert merge_delta(".").resolve() == tmp_path / "delta-whole"
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 def damaged(tmp_path, base_dir, change) -> Path:
@@ -148,6 +178,10 @@ def truncate(path: Path) -> None:
         (lambda path, m: m.update(lora={"targets": {}}), "adapter's settings are damaged"),
         (lambda path, m: m.update(tensors=None), "has no hashes"),
         (lambda path, m: m["tensors"].update({"blocks.0.norm_1.weight": "0"}), "blocks.0.norm_1.weight is missing"),
+        (lambda path, m: flip_last_byte(path / "trained.safetensors"), "is damaged: its sha256"),
+        (lambda path, m: m["base"].pop("from_here"), "names no base"),
+        (lambda path, m: m["base"].update(path=str(path), from_here="."), "no longer there"),
+        (lambda path, m: m.update(history=[{}, {"step": "x"}]), "what it says of its training is damaged"),
         (lambda path, m: truncate(path / "trained.safetensors"), "truncated"),
         (lambda path, m: (path / "trained.safetensors").unlink(), "has no weights"),
         (

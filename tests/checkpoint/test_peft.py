@@ -287,7 +287,7 @@ def our_lora(draw, names):
 def test_an_adapter_from_here_means_the_same_to_peft(family, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     with saved_model(data.draw(FAMILIES[family])) as (base, _):
-        lora = data.draw(our_lora(linear_layers(open_checkpoint(base).config)))
+        lora = data.draw(our_lora(list(linear_layers(open_checkpoint(base).config))))
         checkpoint = adapted_here(base, lora)
         tokens = random_tokens(61, batch=2, length=9)
         expected = our_logits(checkpoint, tokens)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from litfreeze.checkpoint.tensors import (
     TensorFile,
     pieces,
     replace_directory,
+    settle_directory,
     sha256,
     whole_directory,
     write_tensors,
@@ -337,14 +339,57 @@ def test_a_link_to_an_empty_directory_can_be_written_through(tmp_path):
 
 
 def test_a_directory_is_replaced_by_a_finished_one(tmp_path):
-    fresh, path = tmp_path / "fresh", tmp_path / "best"
-    for folder, text in ((fresh, "new"), (path, "old")):
-        folder.mkdir()
-        (folder / text).touch()
-    (tmp_path / ".best.old").mkdir()  # what a killed run left behind
-    replace_directory(fresh, path)
-    assert [file.name for file in path.iterdir()] == ["new"]
-    assert list(tmp_path.iterdir()) == [path]
+    path = tmp_path / "best"
+    for leftover in (".best.old", ".best.new"):  # what a killed run left behind
+        (tmp_path / leftover).mkdir()
+
+        def write(place, name=leftover):
+            with whole_directory(place) as aside:
+                (aside / name).touch()
+
+        replace_directory(path, write)
+        assert [file.name for file in path.iterdir()] == [leftover]
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_replacement_cut_short_at_any_moment_is_settled(tmp_path, monkeypatch):
+    """Ended before each rename and each removal in turn."""
+
+    class Killed(BaseException):
+        pass
+
+    def write(place, name="new"):
+        with whole_directory(place) as aside:
+            (aside / name).touch()
+
+    def ends_after(moment, patch):
+        done = []
+        for owner, name in ((Path, "rename"), (shutil, "rmtree")):
+
+            def step(*args, plain=getattr(owner, name), **kwargs):
+                done.append(1)
+                if len(done) > moment:
+                    raise Killed
+                return plain(*args, **kwargs)
+
+            patch.setattr(owner, name, step)
+
+    ended = []
+    for moment in range(12):
+        path = tmp_path / str(moment) / "best"
+        write(path, "old")
+        try:
+            with monkeypatch.context() as patch:
+                ends_after(moment, patch)
+                replace_directory(path, write)
+                ended.append(moment)
+        except Killed:
+            pass
+        settle_directory(path)
+        found = [file.name for file in path.iterdir()]
+        assert found == ["new"] if moment in ended else found in (["old"], ["new"])
+        assert not {".best.new", ".best.old"} & {child.name for child in path.parent.iterdir()}
+    assert 0 < len(ended) < 10
 
 
 def test_text_is_written_whole(tmp_path):

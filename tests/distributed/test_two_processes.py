@@ -42,6 +42,11 @@ def test_the_same_losses_and_the_same_weights(tmp_path, method, validations):
     assert len(one) == len(two) == 4 + validations
     assert two == pytest.approx(one, rel=1e-4)
     assert set(weights) == set(others)
+    for (
+        name,
+        weight,
+    ) in weights.items():  # AdamW's first steps are signs: where a gradient is near zero, they may differ
+        assert (others[name].float() - weight.float()).norm() < 2e-2 * weight.float().norm() + 1e-3
     if method == "full":
         base = load_file(MODEL_DIR / "litfreeze.safetensors")
         frozen = [name for name in weights if not name.startswith(("blocks.10.", "blocks.11."))]

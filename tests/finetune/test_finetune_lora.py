@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.write import write_peft
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.lora import is_lora
+from litfreeze.outputs import claim
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 FEW = TrainArgs(lr=1e-3, max_steps=3, global_batch_size=8, micro_batch_size=4)
@@ -129,7 +131,7 @@ def test_options_that_contradict_the_adapter_are_errors_that_name_both(tmp_path,
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ({"lora_r": 0}, "--lora_r 0 must be at least 1"),
+        ({"lora_r": 0}, "--lora_r 0 must be a whole number, at least 1"),
         ({"lora_alpha": -16}, "--lora_alpha -16 must be a number above 0"),
         ({"lora_alpha": float("nan")}, "--lora_alpha nan"),
         ({"lora_dropout": 1.0}, "--lora_dropout 1 must be"),
@@ -168,6 +170,62 @@ def test_an_adapter_without_its_base_or_with_another_is_refused(tmp_path, adapte
     run(tmp_path / "forced", checkpoint_dir=first.checkpoint_dir, base_dir=other, force_base=True)
     with pytest.raises(UsageError, match="is an adapter"):
         finetune_full(out_dir=tmp_path / "full", checkpoint_dir=adapter, train=FEW)
+
+
+def test_an_adapter_of_the_head_alone_has_no_blocks(tmp_path):
+    head = run(tmp_path / "head", lora_targets="head", trainable_layers="none").checkpoint_dir
+    run(tmp_path / "on", checkpoint_dir=head, trainable_layers="none")
+    with pytest.raises(UsageError, match=r"--trainable_layers 3 contradicts the adapter of .*, which stands on head"):
+        run(tmp_path / "not", checkpoint_dir=head, trainable_layers="3")
+
+
+@pytest.mark.parametrize("method", ["delta", "lora"])
+def test_a_head_is_untied_over_what_moved_the_embedding(tmp_path, method):
+    """The new head begins as the embedding in hand, which is not the base's; and it is kept."""
+    first = finetune_full(
+        out_dir=tmp_path / "first", trainable_layers="11", trainable_extra="embed", save="delta", train=FEW, eval=QUICK
+    )
+    moved = open_checkpoint(first.checkpoint_dir).read("embed.weight")
+    assert not torch.equal(moved, open_checkpoint(MODEL_DIR).read("embed.weight"))
+    words = {"checkpoint_dir": first.checkpoint_dir, "out_dir": tmp_path / "second", "untie_embeddings": True}
+    words |= {"trainable_layers": "0", "train": FEW, "eval": QUICK}
+    second = finetune_full(**words, save="delta") if method == "delta" else finetune_lora(**words)
+    again = open_checkpoint(second.checkpoint_dir)
+    assert not again.config.tie_embeddings and not second.proof.frozen_that_changed
+    assert torch.equal(again.read("embed.weight"), moved) and torch.equal(again.read("head.weight"), moved)
+    plain = finetune_full(**{**words, "checkpoint_dir": MODEL_DIR, "out_dir": tmp_path / "third"}, save="delta")
+    assert "head.weight" not in open_checkpoint(plain.checkpoint_dir).tensors  # there it is the base's embedding
+
+
+def test_what_python_calls_a_list_of_layers_is_one(tmp_path):
+    import numpy as np
+
+    result = run(tmp_path / "run", trainable_layers=range(10, 12), full_layers=np.array([3]))
+    assert {name.split(".")[1] for name in own(result)} == {"3", "10", "11"}
+    assert run(tmp_path / "again", trainable_layers=(np.int64(10),), lora_targets=("q_proj",)).proof.trained == 2
+
+
+def test_a_peft_adapter_is_not_credited_with_its_bases_training(tmp_path, capsys):
+    base = finetune_full(
+        out_dir=tmp_path / "base", trainable_layers="0", train=TrainArgs(lr=3e-5, max_steps=1), eval=QUICK
+    )
+    adapter = run(tmp_path / "lora", checkpoint_dir=base.checkpoint_dir, trainable_layers="11").checkpoint_dir
+    write_peft(tmp_path / "peft", open_checkpoint(adapter))
+    capsys.readouterr()
+    run(tmp_path / "on", TrainArgs(max_steps=1), checkpoint_dir=tmp_path / "peft")
+    told = capsys.readouterr().out
+    assert "Continues LoRA" in told and "Trained   full" not in told and "lr 0.0002" in told
+
+
+def test_lora_plus_goes_on_as_it_was(tmp_path, capsys):
+    first = run(tmp_path / "first", trainable_layers="11", lora_plus_ratio=8.0)
+    run(tmp_path / "second", checkpoint_dir=first.checkpoint_dir)
+    assert "B goes on at 8 times the learning rate of A" in capsys.readouterr().out
+
+
+def test_two_runs_that_begin_together_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [str(claim(None, "lora")) for _ in range(3)] == [f"out/finetune/lora{end}" for end in ("", "-2", "-3")]
 
 
 def test_a_larger_rank_begins_as_the_same_function(tmp_path, adapter):

@@ -13,7 +13,7 @@ from litfreeze.data.batches import epoch_order
 from litfreeze.demo import TRAIN_FILE
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.words import adapter_targets
-from litfreeze.lora import LoRA, fresh_tensors
+from litfreeze.lora import LoRA, fresh_tensors, linear_layers
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 RECORDS, EPOCHS, BATCH, LR, SEED = 32, 3, 4, 1e-3, 7
@@ -78,7 +78,7 @@ def test_the_losses_are_those_of_peft(smollm2, tmp_path, kind):
         dict.fromkeys(targets, 4), dict.fromkeys(targets, 16.0), rslora="use_rslora" in kind, dora="use_dora" in kind
     )
     assert open_checkpoint(result.checkpoint_dir).lora == lora
-    fresh = fresh_tensors(lora, lambda module: base.read(f"{module}.weight"), SEED)
+    fresh = fresh_tensors(lora, linear_layers(base.config), lambda module: base.read(f"{module}.weight"), SEED)
     write_peft(tmp_path / "peft", base.with_lora(lora, fresh))
     theirs = plain_loop(smollm2, tmp_path / "peft", [json.loads(line) for line in lines])
     assert len(ours) == len(theirs) == EPOCHS * RECORDS // BATCH

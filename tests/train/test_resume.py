@@ -116,9 +116,18 @@ def flip_a_byte(path: Path) -> None:
             "the data of this run changed",
         ),
         (lambda cut, data: flip_a_byte(cut / "resume/state.safetensors"), {}, "is damaged"),
+        (
+            lambda cut, data: (cut / "resume").rename(cut / ".resume.old"),
+            {"seed": 3},
+            "--seed 3 stands beside --resume",
+        ),
         (lambda cut, data: (cut / "resume/resume.json").write_text("{}"), {}, "is damaged"),
-        (lambda cut, data: None, {"train": TrainArgs(lr=1.0)}, "--train.lr stands beside --resume"),
-        (lambda cut, data: None, {"lora_r": 4}, "--lora_r stands beside --resume"),
+        (
+            lambda cut, data: None,
+            {"train": TrainArgs(lr=1.0)},
+            "--train.lr 1.0 stands beside --resume, but the run was made with 0.002",
+        ),
+        (lambda cut, data: None, {"lora_r": 4}, "--lora_r 4 stands beside --resume"),
     ],
 )
 def test_what_cannot_be_resumed_is_told(tmp_path, records, monkeypatch, change, words, told):
@@ -126,9 +135,31 @@ def test_what_cannot_be_resumed_is_told(tmp_path, records, monkeypatch, change, 
     interrupt("lora", cut, records, monkeypatch)
     change(cut, records)
     before = sorted(str(path) for path in cut.rglob("*"))
+    before = [path.replace(".resume.old", "resume") for path in before]  # what a kill left is settled on the way
     with pytest.raises(UsageError, match=told):
         finetune_lora(resume=cut, **words)
-    assert sorted(str(path) for path in cut.rglob("*")) == before
+    assert sorted(str(path) for path in cut.rglob("*")) == sorted(before)
+
+
+def test_options_that_say_the_same_are_fine_and_data_may_lie_elsewhere(tmp_path, records, monkeypatch):
+    interrupt("lora", tmp_path / "cut", records, monkeypatch)
+    records = records.rename(tmp_path / "moved.jsonl")
+    monkeypatch.setenv("LITFREEZE_TRAIN__LR", "2e-3")
+    assert main(["finetune", "lora", "--resume", str(tmp_path / "cut"), "--data", str(records)]) == 0
+
+
+def test_an_adapter_that_changed_under_the_run_is_told(tmp_path, records, monkeypatch):
+    few = TrainArgs(lr=1e-3, max_steps=1)
+    first, other = (
+        finetune_lora(out_dir=tmp_path / str(seed), train=few, eval=EVAL, seed=seed).out_dir for seed in (1, 2)
+    )
+    cut = tmp_path / "cut"
+    own = {"checkpoint_dir": first / "final", "trainable_layers": None, "full_layers": None, "use_dora": None}
+    interrupt("lora", cut, records, monkeypatch, **own)
+    shutil.rmtree(first)
+    shutil.move(other, first)
+    with pytest.raises(UsageError, match="the checkpoint of this run changed"):
+        finetune_lora(resume=cut)
 
 
 def test_a_run_of_another_method_or_a_finished_one_is_told(tmp_path, records, monkeypatch):

@@ -256,6 +256,7 @@ def test_a_used_out_dir_is_refused_and_the_default_is_always_new(tmp_path, monke
         ({"data": DataArgs(max_seq_length=4096)}, "512 positions"),
         ({"train": TrainArgs(max_steps=3, lr_warmup_steps=4)}, "longer than the run"),
         ({"data": DataArgs(val_split_fraction=0), "eval": EvalArgs(patience=2)}, "need validation records"),
+        ({"save": "delta"}, "everything trains, so that a delta would be the whole"),
         ({"data": DataArgs(val_split_fraction=0.2, val_path=VAL_FILE)}, "keep one"),
     ],
 )
