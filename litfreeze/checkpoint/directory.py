@@ -96,7 +96,7 @@ class Checkpoint:
     @cached_property
     def tensor_hashes(self) -> Mapping[str, str]:
         """sha256 of every tensor. On record in a litfreeze directory; of another every weight is read once."""
-        if self.manifest is not None:
+        if self.manifest is not None and "tensors" in self.manifest:
             own = self.manifest["tensors"]
         else:
             own = {name: sha256(self.tensors[name], self.dtypes[name]) for name in self.tensors}
@@ -107,14 +107,14 @@ class Checkpoint:
     def weights_hash(self) -> str:
         """sha256 over names, dtypes, shapes and contents, however they are stored: the same for a Hugging Face
         directory and its converted copy, for what trained over its base and for the whole."""
-        if self.manifest is not None:
+        if self.manifest is not None and "weights_hash" in self.manifest:
             return self.manifest["weights_hash"]
         layout = {name: entry for name, entry in self.layout().items() if name not in self.aliases}
         return weights_hash(layout, self.tensor_hashes)
 
     def hash_of_contents(self) -> str:
         """`weights_hash`, with every weight read, whatever is on record."""
-        return replace(self, manifest=None).weights_hash
+        return replace(self, manifest=self.without_hashes()).weights_hash
 
     def untied(self) -> "Checkpoint":
         """The same checkpoint with a head of its own, which starts as a copy of the embedding."""
@@ -131,15 +131,21 @@ class Checkpoint:
         if "embed.weight" in tensors:  # then the head begins as this embedding, and not as the base's
             tensors = InMemory({**tensors, "head.weight": tensors["embed.weight"]})
             dtypes = {**dtypes, "head.weight": dtypes["embed.weight"]}
+            apart = replace(apart, manifest=self.without_hashes())
         return replace(apart, tensors=tensors, dtypes=dtypes, base=self.base.untied())
 
     def with_lora(self, lora: LoRA, tensors: Mapping[str, Tensor]) -> "Checkpoint":
         """The same checkpoint carrying an adapter of these `tensors`, in place of the one it may have had.
 
-        It goes by the path, manifest and hash of what it was made from until it is written."""
+        It goes by the path, prompt and history of what it was made from until it is written."""
         own = {name: self.tensors[name] for name in self.replaced} | dict(tensors)
         dtypes = {name: self.dtypes[name] if name in self.replaced else own[name].dtype for name in own}
-        return replace(self, tensors=InMemory(own), dtypes=dtypes, base=self.whole, lora=lora, aliases={})
+        made = {"tensors": InMemory(own), "dtypes": dtypes, "base": self.whole, "lora": lora, "aliases": {}}
+        return replace(self, **made, manifest=self.without_hashes())
+
+    def without_hashes(self) -> Optional[dict[str, Any]]:
+        """The manifest for what is made of this checkpoint in memory: its hashes are to be computed."""
+        return self.manifest and {k: v for k, v in self.manifest.items() if k not in ("weights_hash", "tensors")}
 
 
 class InMemory(dict):

@@ -149,7 +149,8 @@ def fold(
     names = model_parameters(first.config)
     dtypes = {name: dtype or first.whole.dtype(name) for name in names}
     tensors = FoldedTensors(checkpoints, weights, dtypes)
-    return replace(first, tensors=tensors, dtypes=dtypes, base=None, lora=None, aliases={})
+    made = {"tensors": tensors, "dtypes": dtypes, "base": None, "lora": None, "aliases": {}}
+    return replace(first, **made, manifest=first.without_hashes())
 
 
 def write_merged(out_dir: Path, merged: Checkpoint) -> Rounding:

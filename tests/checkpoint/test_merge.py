@@ -183,3 +183,11 @@ def test_the_adapters_own_tensors_are_stored_as_they_trained(tmp_path):
     assert {opened.dtype(name) for name in opened.tensors} == {torch.float32}
     assert opened.weights_hash == open_checkpoint(tmp_path / "adapter").weights_hash
     assert replace(opened.lora, dropout=0.5) != opened.lora
+
+
+def test_what_is_made_in_memory_has_the_hash_of_what_it_is(tmp_path):
+    checkpoint = adapted(open_checkpoint(MODEL_DIR))
+    opened = open_checkpoint(saved(checkpoint, tmp_path / "adapter"))
+    assert checkpoint.weights_hash == opened.weights_hash != open_checkpoint(MODEL_DIR).weights_hash
+    merge_lora(str(opened.path))
+    assert fold([opened]).weights_hash == open_checkpoint(tmp_path / "adapter-merged").weights_hash
