@@ -1,7 +1,7 @@
 """Where a LoRA run begins: with a new adapter, with the one it was given, or with a new one over the merged base."""
 
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any
 
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.merge import fold
@@ -40,18 +40,17 @@ def begin(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, Fre
     return _continued(opened, options)
 
 
-def default_lr(opened: Checkpoint, options: SimpleNamespace) -> tuple[float, Optional[str]]:
+def default_lr(opened: Checkpoint, options: SimpleNamespace) -> tuple[float, list[str]]:
     """The learning rate if none is given, and what to say about it: an adapter that has trained goes on slower."""
     runs = _runs(opened)
     last = runs[-1].get("lr") if opened.lora is not None and runs else None
     if last is None or options.merge_first or options.resume:
-        return LR, None
+        return LR, []
     slower, given = last * SLOWER, options.train.lr
     if given is None:
-        return slower, f"Its learning rate was {last:g}; going on with {slower:g} (--train.lr sets another)."
-    return given, (
-        f"Its learning rate was {last:g}; --train.lr {slower:g} or lower is gentler." if given > slower else None
-    )
+        return slower, [f"Its learning rate was {last:g}; going on with {slower:g} (--train.lr sets another)."]
+    gentler = f"Its learning rate was {last:g}; --train.lr {slower:g} or lower is gentler."
+    return given, [gentler] if given > slower else []
 
 
 def _fresh(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, FreezePlan]:

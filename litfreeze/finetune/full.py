@@ -69,11 +69,8 @@ def setup(
     import torch
 
     from litfreeze.errors import UsageError
-    from litfreeze.finetune.setting import open_base, recipe_yaml, settled, with_demo_defaults
+    from litfreeze.finetune.setting import open_base, settled, start
     from litfreeze.freeze.words import plan_from_words
-    from litfreeze.launch import build_fabric, launch
-    from litfreeze.train.job import Job
-    from litfreeze.train.run import run
 
     o = settled(setup, "full", given)
     checkpoint = open_base(o.checkpoint_dir, o.untie_embeddings, o.base_dir)
@@ -94,21 +91,5 @@ def setup(
     )
     if o.save != "full" and plan.trained == set(plan.sizes):
         raise UsageError(f"--save {o.save}: everything trains, so that a delta would be the whole. Name some layers.")
-    data, train = with_demo_defaults(o.checkpoint_dir, o.data, o.train, lr=5e-5, epochs=3)
-    fabric, kept = build_fabric(o.accelerator, o.devices, o.num_nodes, o.precision)
-    job = Job(
-        method="full",
-        checkpoint=checkpoint,
-        plan=plan,
-        precision=kept,
-        data=data,
-        train=train,
-        eval=o.eval,
-        out_dir=o.out_dir and Path(o.out_dir),
-        seed=o.seed,
-        recipe=recipe_yaml(setup, {**vars(o), "train": train, "precision": kept.name}),
-        save=o.save,
-        save_dtype=getattr(torch, o.save_dtype) if o.save_dtype else None,
-        resume=bool(o.resume),
-    )
-    return launch(fabric, run, job)
+    save_dtype = getattr(torch, o.save_dtype) if o.save_dtype else None
+    return start("full", setup, o, checkpoint, plan, lr=5e-5, save=o.save, save_dtype=save_dtype)

@@ -77,30 +77,10 @@ def setup(
     given = dict(locals())
 
     from litfreeze.finetune.adapter import begin, default_lr
-    from litfreeze.finetune.setting import open_base, recipe_yaml, settled, with_demo_defaults
-    from litfreeze.launch import build_fabric, launch
-    from litfreeze.train.job import Job
-    from litfreeze.train.run import run
+    from litfreeze.finetune.setting import open_base, settled, start
 
     o = settled(setup, "lora", given)
     opened = open_base(o.checkpoint_dir, o.untie_embeddings, o.base_dir, o.force_base)
     checkpoint, plan, notes = begin(opened, o)
-    lr, note = default_lr(opened, o)
-    data, train = with_demo_defaults(o.checkpoint_dir, o.data, o.train, lr=lr, epochs=3)
-    fabric, kept = build_fabric(o.accelerator, o.devices, o.num_nodes, o.precision)
-    job = Job(
-        method="lora",
-        checkpoint=checkpoint,
-        plan=plan,
-        precision=kept,
-        data=data,
-        train=train,
-        eval=o.eval,
-        out_dir=o.out_dir and Path(o.out_dir),
-        seed=o.seed,
-        recipe=recipe_yaml(setup, {**vars(o), "train": train, "precision": kept.name}),
-        save="delta",
-        resume=bool(o.resume),
-        notes=(*notes, *([note] if note else [])),
-    )
-    return launch(fabric, run, job)
+    lr, about_lr = default_lr(opened, o)
+    return start("lora", setup, o, checkpoint, plan, lr, save="delta", notes=(*notes, *about_lr))

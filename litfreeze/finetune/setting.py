@@ -1,4 +1,4 @@
-"""What every finetune script settles first: its options, the checkpoint, the data and the defaults of the demo."""
+"""What every finetune script does: settle its options, open the checkpoint, and start the run."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -16,8 +16,12 @@ from litfreeze.cli import arguments
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_DEFAULTS, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import UsageError
+from litfreeze.freeze.plan import FreezePlan
+from litfreeze.launch import build_fabric, launch
 from litfreeze.outputs import last_resumable
 from litfreeze.train.args import TrainArgs
+from litfreeze.train.job import Job, Result
+from litfreeze.train.run import run
 
 DEVICES = ("accelerator", "devices", "num_nodes")  # what a resumed run may be told anew
 
@@ -63,6 +67,35 @@ def open_base(
     """The checkpoint to start from, the embedded demo model if none is named."""
     checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir, force_base)
     return checkpoint.untied() if untie_embeddings else checkpoint
+
+
+def start(
+    method: str,
+    script: Callable[..., Any],
+    options: SimpleNamespace,
+    checkpoint: Checkpoint,
+    plan: FreezePlan,
+    lr: float,
+    **more: Any,
+) -> Result:
+    """Makes a `Job` of the options that every script has and of `more`, and runs it on the devices they ask for."""
+    data, train = with_demo_defaults(options.checkpoint_dir, options.data, options.train, lr, epochs=3)
+    fabric, precision = build_fabric(options.accelerator, options.devices, options.num_nodes, options.precision)
+    job = Job(
+        method=method,
+        checkpoint=checkpoint,
+        plan=plan,
+        precision=precision,
+        data=data,
+        train=train,
+        eval=options.eval,
+        out_dir=options.out_dir and Path(options.out_dir),
+        seed=options.seed,
+        recipe=recipe_yaml(script, {**vars(options), "train": train, "precision": precision.name}),
+        resume=bool(options.resume),
+        **more,
+    )
+    return launch(fabric, run, job)
 
 
 def with_demo_defaults(

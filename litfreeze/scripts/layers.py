@@ -37,15 +37,17 @@ def setup(
         micro_batch_size: Samples in one forward pass.
         max_seq_length: Tokens in each of them.
     """
+    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
-    from litfreeze.finetune.setting import open_base
     from litfreeze.freeze.memory import describe_memory
     from litfreeze.freeze.words import plan_from_words
     from litfreeze.precision import PRECISIONS, default_precision
 
     if micro_batch_size < 1 or max_seq_length < 1:
         raise UsageError("--micro_batch_size and --max_seq_length must be at least 1.")
-    base = open_base(checkpoint_dir, untie_embeddings)
+    base = open_checkpoint(checkpoint_dir or MODEL_DIR)
+    base = base.untied() if untie_embeddings else base
     if base.lora is not None:
         raise UsageError(f"{base.path} is an adapter: {base.lora.describe()}. Name a model, or merge it first.")
     plan = plan_from_words(

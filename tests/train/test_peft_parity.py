@@ -5,11 +5,13 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
+from plain_loop import plain_loop
+from transformers import AutoModelForCausalLM
 
 from litfreeze.checkpoint.directory import open_checkpoint
 from litfreeze.checkpoint.write import write_peft
 from litfreeze.data.args import DataArgs
-from litfreeze.data.batches import epoch_order
 from litfreeze.demo import TRAIN_FILE
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.words import adapter_targets
@@ -17,36 +19,6 @@ from litfreeze.lora import LoRA, fresh_tensors, linear_layers
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 RECORDS, EPOCHS, BATCH, LR, SEED = 32, 3, 4, 1e-3, 7
-
-
-def plain_loop(model_dir, adapter_dir, records):
-    """How a user of PEFT goes on with an adapter: padded batches, fused AdamW."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, adapter_dir, is_trainable=True).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
-    samples = []
-    for record in records:
-        chat = [{"role": "user", "content": record["prompt"]}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
-        response = tokenizer.encode(record["completion"] + tokenizer.eos_token, add_special_tokens=False)
-        samples.append((torch.tensor(prompt + response), torch.tensor([-100] * len(prompt) + response)))
-    losses = []
-    for epoch in range(EPOCHS):
-        order = epoch_order(len(samples), SEED, epoch)
-        for i in range(0, len(order), BATCH):
-            ids, labels = zip(*(samples[j] for j in order[i : i + BATCH]), strict=True)
-            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-            loss = model(input_ids=ids, labels=labels).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    return losses
 
 
 @pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["LoRA", "rsLoRA", "DoRA"])
@@ -80,7 +52,9 @@ def test_the_losses_are_those_of_peft(smollm2, tmp_path, kind):
     assert open_checkpoint(result.checkpoint_dir).lora == lora
     fresh = fresh_tensors(lora, linear_layers(base.config), lambda module: base.read(f"{module}.weight"), SEED)
     write_peft(tmp_path / "peft", base.with_lora(lora, fresh))
-    theirs = plain_loop(smollm2, tmp_path / "peft", [json.loads(line) for line in lines])
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, tmp_path / "peft", is_trainable=True).train()
+    theirs = plain_loop(model, smollm2, [json.loads(line) for line in lines], EPOCHS, BATCH, LR, SEED)
     assert len(ours) == len(theirs) == EPOCHS * RECORDS // BATCH
     assert theirs[-1] < theirs[0] / 3  # it has learned, so the adapter and not the base made these losses
     assert ours == pytest.approx(theirs, rel=1e-3)
