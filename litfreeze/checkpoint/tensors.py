@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -312,7 +312,8 @@ def settle_directory(path: Path) -> None:
     fresh, old = _fresh_and_old(path)
     for whole in (fresh, old):
         if not path.exists() and whole.exists():
-            whole.rename(path)
+            with suppress(FileNotFoundError):  # another process of the run was faster
+                whole.rename(path)
         shutil.rmtree(whole, ignore_errors=True)
 
 
