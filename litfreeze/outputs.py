@@ -45,7 +45,8 @@ def last_checkpoint(method: str, holds: str) -> Path:
         if known.get("kind") == method and known.get("holds") == holds:
             found.append((manifest.stat().st_mtime_ns, manifest.parent))
     if not found:
-        raise UsageError(f"{RUNS} holds no such output of finetune {method}. Name one with --checkpoint_dir.")
+        what = f"whose final checkpoint is {'whole' if holds == 'whole' else 'only what trained'}"
+        raise UsageError(f"{RUNS} holds no run of finetune {method} {what}. Name a checkpoint with --checkpoint_dir.")
     return max(found)[1]
 
 

@@ -112,7 +112,8 @@ def _refuse_conflicts(opened: Checkpoint, in_full: list[str], options: SimpleNam
                 "cannot compute the same. Choose a larger one, or --merge_first for a new adapter of any rank."
             )
     elif options.lora_r is not None:
-        _compare("lora_r", options.lora_r, lora.ranks.values(), opened, " --lora_resize makes it larger.")
+        larger = options.lora_r > max(lora.ranks.values())
+        _compare("lora_r", options.lora_r, lora.ranks.values(), opened, " --lora_resize makes it larger." * larger)
     alphas = (lora.resized(options.lora_r) if options.lora_resize else lora).alphas
     _compare("lora_alpha", options.lora_alpha, alphas.values(), opened)
     _compare("use_rslora", options.use_rslora, [lora.rslora], opened)

@@ -137,7 +137,7 @@ def test_an_adapted_tied_head_is_untied_by_merging(tmp_path, capsys):
         ({"checkpoint_dir": "{base}"}, "is a whole model"),
         ({"checkpoint_dir": "nowhere"}, "is no directory"),
         ({"checkpoint_dir": "{one}", "out_dir": "{base}"}, "is not empty"),
-        ({}, "holds no such output"),
+        ({}, "holds no run of finetune lora"),
     ],
 )
 def test_what_cannot_be_merged_is_told(tmp_path, monkeypatch, options, told):
