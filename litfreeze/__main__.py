@@ -23,6 +23,8 @@ COMMANDS = {
     "convert from_peft": "litfreeze.scripts.convert:from_peft",
     "convert to_peft": "litfreeze.scripts.convert:to_peft",
     "init": "litfreeze.scripts.init:setup",
+    "cache ls": "litfreeze.scripts.cache:ls",
+    "cache rm": "litfreeze.scripts.cache:rm",
 }
 
 

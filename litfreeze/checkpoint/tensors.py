@@ -282,10 +282,10 @@ def whole_directory(path: Path) -> Iterator[Path]:
     try:
         yield aside
         for file in aside.iterdir():
-            _fsync(file)
-        _fsync(aside)
+            fsync(file)
+        fsync(aside)
         aside.rename(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -302,7 +302,7 @@ def replace_directory(path: Path, write: Callable[[Path], Result]) -> Result:
     result = write(fresh)
     path.rename(old)
     fresh.rename(path)
-    _fsync(path.parent)
+    fsync(path.parent)
     shutil.rmtree(old)
     return result
 
@@ -321,7 +321,8 @@ def _fresh_and_old(path: Path) -> tuple[Path, Path]:
     return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """What was written to this file, or renamed in this folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
