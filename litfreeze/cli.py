@@ -58,11 +58,11 @@ def parse(words: Iterable[str], commands: Mapping[str, str]) -> tuple[Callable[.
         with redirect_stdout(StringIO()) as answer:
             flags = one_word_each(words, parser.options, parser.required)
             values = parser.instantiate(parser.parse_args(flags, env=True))
+            return function, parser.gathered(values)
     except SystemExit:  # how argparse ends after --help and --print_config
         return show, {"text": answer.getvalue()}
     except (ArgumentError, TypeError, ValueError) as error:
         raise UsageError(parser.told(error)) from error
-    return function, {name: values[name] for name in inspect.signature(function).parameters}
 
 
 def arguments(command: str, function: Callable[..., Any], recipe: str) -> dict[str, Any]:
@@ -72,9 +72,9 @@ def arguments(command: str, function: Callable[..., Any], recipe: str) -> dict[s
     parser = Parser(command, function)
     try:
         values = parser.instantiate(parser.parse_object(read_yaml(recipe, path="recipe.yaml"), env=False))
+        return parser.gathered(values)
     except (ArgumentError, TypeError, ValueError) as error:
         raise UsageError(parser.told(error)) from error
-    return {name: values[name] for name in inspect.signature(function).parameters}
 
 
 def show(text: str) -> None:
@@ -137,6 +137,8 @@ class Parser(jsonargparse.ArgumentParser):
 
     def __init__(self, command: str, function: Callable[..., Any]):
         parameters = inspect.signature(function).parameters
+        self.names = list(parameters)
+        self.flat = {name: hint for name, hint in get_type_hints(function).items() if getattr(hint, "flat", False)}
         self.required = [name for name, p in parameters.items() if p.default is p.empty]
         bare = self.required or [f"[{name}]" for name in parameters if name == "checkpoint_dir"]
         super().__init__(
@@ -150,10 +152,17 @@ class Parser(jsonargparse.ArgumentParser):
         )
         self.options = options_of(function)
         self.add_argument("--config", action="config", metavar="FILE", help="Read options from this YAML file.")
-        self.add_function_arguments(function, as_group=False)
+        self.add_function_arguments(function, as_group=False, skip=set(self.flat))
+        for group in self.flat.values():
+            self.add_class_arguments(group, as_group=False)
         for action in self._actions:  # kept out of the help: `--train CONFIG` and `--trainable_layers+`
             action.help = SUPPRESS if action.metavar == "CONFIG" else action.help
             action.option_strings = [word for word in action.option_strings if not word.endswith("+")]
+
+    def gathered(self, values: jsonargparse.Namespace) -> dict[str, Any]:
+        """The function's arguments of what was parsed and instantiated, flat groups made."""
+        made = {name: group(**{f: values[f] for f in options_of(group)}) for name, group in self.flat.items()}
+        return {name: made[name] if name in made else values[name] for name in self.names}
 
     def parse_path(self, path: Any, **kwargs: Any) -> jsonargparse.Namespace:
         """jsonargparse's reading of a `--config`, with every name in it checked, and the file named in its errors."""
@@ -204,12 +213,14 @@ def refuse_unknown_variables(options: Iterable[str], commands: Mapping[str, str]
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Every option's name and type; a dataclass parameter is a group: `{"seed": int, "train.lr": Optional[float]}`."""
+    """Every option's name and type; a dataclass parameter is a group: `{"seed": int, "train.lr": Optional[float]}`, or
+    its fields stand among the others, if it has `flat`."""
     options: dict[str, Any] = {}
     hints = get_type_hints(function)
     for name in inspect.signature(function).parameters:
         group = options_of(hints[name]) if is_dataclass(hints[name]) else {}
-        options |= {f"{name}.{inner}": hint for inner, hint in group.items()} or {name: hints[name]}
+        before = "" if getattr(hints[name], "flat", False) else f"{name}."
+        options |= {f"{before}{inner}": hint for inner, hint in group.items()} or {name: hints[name]}
     return options
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any, Optional, Union
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from litfreeze.errors import UsageError
 from litfreeze.precision import PRECISIONS, Precision, default_precision

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litfreeze.config import Config
-from litfreeze.model import GPT, meta_parameters
+from litfreeze.model import CAST, GPT, linear, meta_parameters
 
 TINY = torch.finfo(torch.float32).tiny
 A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
@@ -88,12 +88,12 @@ class LoRALinear(nn.Module):
         dropped = F.dropout(x, self.dropout) if drops else x
         update = F.linear(self.scale * F.linear(dropped, self.lora_A), self.lora_B)  # (..., out)
         if self.lora_magnitude is None:
-            return F.linear(x, self.weight, self.bias) + update
+            return linear(x, self.weight, self.bias) + update
         stretch = (self.lora_magnitude / self.row_lengths()).to(update.dtype)  # (out,)
         if drops:  # as PEFT: what is stretched has seen the dropout, what passes through has not
-            y = F.linear(x, self.weight) + (stretch - 1) * F.linear(dropped, self.weight) + stretch * update
+            y = linear(x, self.weight) + (stretch - 1) * linear(dropped, self.weight) + stretch * update
         else:
-            y = stretch * (F.linear(x, self.weight) + update)
+            y = stretch * (linear(x, self.weight) + update)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
@@ -102,9 +102,10 @@ class LoRALinear(nn.Module):
         the backward pass (section 4.3)."""
         with torch.autocast(self.weight.device.type, enabled=False):
             a, b = self.lora_A.float(), self.lora_B.float()
-            along = (F.linear(a.to(self.weight.dtype), self.weight).float().T * b).sum(1)  # W · B A, row by row: (out,)
+            along = (linear(a, self.weight).T * b).sum(1)  # W · B A, row by row: (out,)
             own = (b @ (a @ a.T) * b).sum(1)
-            length = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float32)
+            rows = (part.to(torch.float32) for part in self.weight.split(CAST))
+            length = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in rows])
             return (length.square() + 2 * self.scale * along + self.scale**2 * own).clamp(min=TINY).sqrt()
 
 

@@ -3,10 +3,14 @@
     tokens ─ embed_tokens ─ run_blocks(start, stop) ─ logits
                              └ Block: norm ─ attention ─ + ─ norm ─ MLP ─ +
 
-It knows nothing of training, files or the command line. It has no buffers: what RoPE and the masks need is computed
-from the config, so a model built on the meta device is complete once its parameters are.
+It knows nothing of training, files or the command line. It has no buffers: what RoPE needs is computed from the config,
+so a model built on the meta device is complete once its parameters are.
 
-Shapes: B batch, T query positions, S key positions, C n_embd, H n_head, G n_query_groups, D head_size, V vocab_size.
+The residual stream is (..., C): batches (B, T, C) under `Dense` attention or a `KVCache`, one stream (N, C) of many
+sequences under `Packed`; see attention.py. Frozen weights may be kept in a smaller dtype than the stream: they are cast
+where they are used, and never as a whole.
+
+Shapes: C n_embd, H n_head, G n_query_groups, D head_size, V vocab_size.
 """
 
 import math
@@ -16,64 +20,74 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from litfreeze.attention import Attention, Dense, KVCache
 from litfreeze.config import Config, RoPE
 
 
 class GPT(nn.Module):
     """A causal language model. Parameters: `embed`, `pos_embed` (if positions are learned), `blocks.0 …`,
     `final_norm`, `head` (the same tensor as `embed` when the config ties them). They mean nothing until they are
-    loaded or `init_weights` draws them."""
+    loaded or `init_weights` draws them.
 
-    def __init__(self, config: Config) -> None:
+    `stream` is the dtype of the residual stream; by default that of the embedding."""
+
+    def __init__(self, config: Config, stream: Optional[torch.dtype] = None) -> None:
         super().__init__()
         self.config = config
+        self.stream = stream
         self.embed = blank_embedding(config.vocab_size, config.n_embd)
         self.pos_embed = None if config.rope else blank_embedding(config.block_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.final_norm = build_norm(config, config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    def forward(self, tokens: Tensor, cache: Optional["KVCache"] = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Optional[KVCache] = None) -> Tensor:
         """Logits (B, T, V) for `tokens` (B, T), which follow what `cache` already holds."""
         positions = self.positions(tokens, cache)
         x = self.embed_tokens(tokens, positions)  # (B, T, C)
-        return self.logits(self.run_blocks(x, positions, cache=cache))
+        return self.logits(self.run_blocks(x, positions, Dense() if cache is None else cache))
 
     @staticmethod
-    def positions(tokens: Tensor, cache: Optional["KVCache"] = None) -> Tensor:
+    def positions(tokens: Tensor, cache: Optional[KVCache] = None) -> Tensor:
         """Positions (T,) of `tokens` (B, T): they start where `cache` ends."""
         start = 0 if cache is None else cache.length
         return torch.arange(start, start + tokens.shape[1], device=tokens.device)
 
     def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The residual stream (B, T, C) below the first block."""
-        x = self.embed(tokens)
-        # Under autocast the residual stream is fp32 whatever dtype a frozen embedding is kept in
-        x = x.float() if torch.is_autocast_enabled(x.device.type) else x
+        """The residual stream (..., C) of `tokens` (...) below the first block."""
+        x = self.embed(tokens).to(self.stream or self.embed.weight.dtype)
         return x if self.pos_embed is None else x + self.pos_embed(positions)
 
     def run_blocks(
         self,
         x: Tensor,
         positions: Tensor,
+        attention: Attention,
         start: int = 0,
         stop: Optional[int] = None,
-        cache: Optional["KVCache"] = None,
+        rows: Optional[Tensor] = None,
+        recompute: bool = False,
     ) -> Tensor:
-        """The residual stream (B, T, C) after blocks `start` … `stop`-1; `positions` (T,) as for the embedding."""
-        blocks = range(start, self.config.n_layer if stop is None else stop)
+        """The residual stream (..., C) after blocks `start` … `stop`-1; `positions` as for the embedding.
+
+        With `rows` (M,), those that a `Packed` attention was made with, only these rows of the stream (N, C) come out,
+        (M, C): the last block computes keys and values for all rows, and the rest of itself for these alone. With
+        `recompute`, autograd keeps what enters a block and not what happens in it, which backward computes again
+        (Chen et al., arXiv 1604.06174).
+        """
+        stop = self.config.n_layer if stop is None else stop
         rotation = rotary_angles(self.config.rope, positions, x.dtype) if self.config.rope else None
-        # The blocks below may have taken these positions into their caches already: ask the first of this range
-        seen = cache.layers[start].length if cache is not None and blocks else 0
-        keys = positions if cache is None else torch.arange(seen + len(positions), device=x.device)
-        masks = {w: attention_mask(positions, keys, w) for w in set(self.config.windows)}
-        for i in blocks:
-            layer_cache = None if cache is None else cache.layers[i]
-            x = self.blocks[i](x, rotation, masks[self.config.windows[i]], layer_cache)
-        return x
+        for i in range(start, stop):
+            block, wanted = self.blocks[i], rows if i == stop - 1 else None
+            if recompute and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+                x = checkpoint(block, x, rotation, attention, wanted, use_reentrant=False)
+            else:
+                x = block(x, rotation, attention, wanted)
+        return x if rows is None or start < stop else x[rows]
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: (..., C) to (..., V)."""
@@ -110,10 +124,10 @@ def meta_parameters(config: Config) -> dict[str, Tensor]:
 class Block(nn.Module):
     """Pre-norm attention and MLP, one after the other or, as in GPT-NeoX, side by side."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, i: int) -> None:
         super().__init__()
         self.norm_1 = build_norm(config, config.n_embd)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, i)
         self.norm_2 = build_norm(config, config.n_embd)
         self.mlp = MLP(config)
         self.parallel_residual = config.parallel_residual
@@ -122,11 +136,12 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: Optional[tuple[Tensor, Tensor]],
-        mask: Optional[Tensor],
-        cache: Optional["LayerCache"] = None,
+        attention: Attention,
+        rows: Optional[Tensor] = None,
     ) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
-        attended = self.attn(self.norm_1(x), rotation, mask, cache)
+        """(..., C) to (..., C); (N, C) to (M, C) if only `rows` (M,) are wanted."""
+        attended = self.attn(self.norm_1(x), rotation, attention, rows)
+        x = x if rows is None else x[rows]
         if self.parallel_residual:
             return self.mlp(self.norm_2(x)) + attended + x
         x = x + attended
@@ -136,40 +151,37 @@ class Block(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245): G key/value heads serve H query heads."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, i: int) -> None:
         super().__init__()
         n_embd, head_size = config.n_embd, config.head_size
-        self.q_proj = nn.Linear(n_embd, config.n_head * head_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(n_embd, config.n_query_groups * head_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(n_embd, config.n_query_groups * head_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.n_head * head_size, n_embd, bias=config.o_bias)
+        self.q_proj = Linear(n_embd, config.n_head * head_size, bias=config.qkv_bias)
+        self.k_proj = Linear(n_embd, config.n_query_groups * head_size, bias=config.qkv_bias)
+        self.v_proj = Linear(n_embd, config.n_query_groups * head_size, bias=config.qkv_bias)
+        self.o_proj = Linear(config.n_head * head_size, n_embd, bias=config.o_bias)
         self.q_norm = build_norm(config, head_size) if config.qk_norm else None
         self.k_norm = build_norm(config, head_size) if config.qk_norm else None
         self.head_size = head_size
-        self.grouped = config.n_query_groups != config.n_head
+        self.layer, self.window = i, config.windows[i]
 
     def forward(
         self,
         x: Tensor,
         rotation: Optional[tuple[Tensor, Tensor]],
-        mask: Optional[Tensor],
-        cache: Optional["LayerCache"] = None,
+        attention: Attention,
+        rows: Optional[Tensor] = None,
     ) -> Tensor:
-        """(B, T, C) to (B, T, C). `mask` (T, S) is True where attention is allowed; None is plain causal."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_size)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_size)  # (B, T, G, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_size)
+        """(..., C) to (..., C), or to what `rows` alone get, (M, C). `rotation`: cos and sin (..., 1, n_elem)."""
+        asking = x if rows is None else x[rows]
+        q = self.q_proj(asking).unflatten(-1, (-1, self.head_size))  # (..., H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # (..., G, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|G, T, D)
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is not None:
-            k, v = cache.extend(k, v)  # (B, G, S, D)
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+            cos, sin = rotation
+            q = rotate(q, cos, sin) if rows is None else rotate(q, cos[rows], sin[rows])
+            k = rotate(k, cos, sin)
+        return self.o_proj(attention(q, k, v, self.window, self.layer).flatten(-2))  # (..., C)
 
 
 class MLP(nn.Module):
@@ -178,9 +190,9 @@ class MLP(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         wide, bias = config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(config.n_embd, wide, bias=bias) if config.mlp == "gated" else None
-        self.up_proj = nn.Linear(config.n_embd, wide, bias=bias)
-        self.down_proj = nn.Linear(wide, config.n_embd, bias=bias)
+        self.gate_proj = Linear(config.n_embd, wide, bias=bias) if config.mlp == "gated" else None
+        self.up_proj = Linear(config.n_embd, wide, bias=bias)
+        self.down_proj = Linear(wide, config.n_embd, bias=bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,7 +214,47 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# --- norms: weights may be kept in another dtype than the stream they scale -----------------------------------------
+# --- weights may be kept in another dtype than the stream they meet -------------------------------------------------
+
+
+CAST = 1024  # rows of a weight: as much as a processor's cache holds
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """x (..., in), weight (out, in), bias (out,) to (..., out), in the dtype of x or of autocast.
+
+    A frozen weight in another dtype is cast for the moment, in forward and again in backward; so is one that is not of
+    floats, which makes them when it is split and cast."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if weight.dtype == x.dtype or (autocast and weight.is_floating_point()):
+        return F.linear(x, weight, bias)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y = F.linear(x, weight.to(x.dtype)) if weight.requires_grad else _Kept.apply(x, weight)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class _Kept(torch.autograd.Function):
+    """x Wᵀ for a frozen W in its own dtype; autograd alone would keep the cast copy until backward. `CAST` rows of W
+    are cast at a time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        parts = [F.linear(x, rows.to(x.dtype)) for rows in weight.split(CAST)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        parts = zip(grad.split(CAST, -1), ctx.weight.split(CAST), strict=True)
+        return sum(part @ rows.to(grad.dtype) for part, rows in parts), None
 
 
 class RMSNorm(nn.Module):
@@ -268,59 +320,16 @@ def _yarn_pair(rope: RoPE, turns: float) -> float:
 
 
 def rotary_angles(rope: RoPE, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, n_elem) of `positions` (T,), computed in fp32 and handed out in `dtype`."""
-    angles = positions.float()[:, None] * rotary_frequencies(rope, positions.device)  # (T, n_elem / 2)
-    angles = torch.cat((angles, angles), dim=-1)  # (T, n_elem)
-    return (angles.cos() * rope.attention_factor).to(dtype), (angles.sin() * rope.attention_factor).to(dtype)
+    """cos and sin (..., 1, n_elem) of `positions` (...), computed in fp32 and handed out in `dtype`."""
+    angles = positions.float()[..., None] * rotary_frequencies(rope, positions.device)  # (..., n_elem / 2)
+    halves = ((turn * rope.attention_factor).to(dtype) for turn in (angles.cos(), angles.sin()))
+    return tuple(torch.cat((half, half), dim=-1)[..., None, :] for half in halves)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first n_elem dimensions of each head of `x` (B, H, T, D); the halves are the pairs."""
+    """Turns the first n_elem dimensions of each head of `x` (..., H, D); the halves are the pairs."""
     n_elem = cos.shape[-1]
     turning, still = x[..., :n_elem], x[..., n_elem:]
     first, second = turning.chunk(2, dim=-1)
     turned = turning * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
     return turned if n_elem == x.shape[-1] else torch.cat((turned, still), dim=-1)
-
-
-def attention_mask(queries: Tensor, keys: Tensor, window: Optional[int]) -> Optional[Tensor]:
-    """Who may look at whom, (T, S) bool, from positions (T,) and (S,); None where plain causal attention says it."""
-    T, S = len(queries), len(keys)
-    if (T == S or T == 1) and (window is None or window >= S):
-        return None
-    distance = queries[:, None] - keys[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-
-
-# --- generation -----------------------------------------------------------------------------------------------------
-
-
-class LayerCache:
-    """Keys and values of one block, (B, G, capacity, D), filled from the left."""
-
-    def __init__(self, batch: int, groups: int, capacity: int, head_size: int, device, dtype) -> None:
-        self.keys = torch.zeros(batch, groups, capacity, head_size, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.length = 0
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends (B, G, T, D) and returns everything so far, (B, G, S, D)."""
-        stop = self.length + k.shape[2]
-        self.keys[:, :, self.length : stop] = k
-        self.values[:, :, self.length : stop] = v
-        self.length = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-
-class KVCache:
-    """What attention has seen, so that a new token costs one position. Room for `capacity` positions."""
-
-    def __init__(self, config: Config, batch: int, capacity: int, device, dtype) -> None:
-        self.layers = [
-            LayerCache(batch, config.n_query_groups, capacity, config.head_size, device, dtype)
-            for _ in range(config.n_layer)
-        ]
-
-    @property
-    def length(self) -> int:
-        return self.layers[0].length

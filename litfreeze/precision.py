@@ -7,7 +7,8 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """What the weights are kept in while training. Under *-mixed only what trains has an fp32 master."""
+    """What the weights are kept in while training. Under *-mixed only what trains has an fp32 master; under 32-true
+    what is frozen stays as it is stored, and is cast where it is used: fp32 has every value of bf16 and fp16."""
 
     name: str  # Fabric's word
     trained: torch.dtype
@@ -15,8 +16,11 @@ class Precision:
     compute: torch.dtype
     stream: torch.dtype  # of the residual stream between the blocks
 
-    def kept(self, trained: bool) -> torch.dtype:
-        return self.trained if trained else self.frozen
+    def kept(self, trained: bool, stored: torch.dtype) -> torch.dtype:
+        """The dtype of a weight in memory that is `stored` in a checkpoint."""
+        if trained:
+            return self.trained
+        return stored if self.frozen == torch.float32 and stored in (torch.bfloat16, torch.float16) else self.frozen
 
 
 PRECISIONS = {

@@ -26,7 +26,16 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so in the processes that tests start
 
+# Each test has a ~/.cache of its own (see `own_cache`), in which fonts would have to be looked for again
+os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))
+
 SMOLLM2_SCRIPT = Path(__file__).parents[2] / "shared" / "models" / "get_smollm2.py"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> None:
+    """What a run keeps for later ones is not in the home directory, and not there for the next test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")

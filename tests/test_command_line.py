@@ -473,7 +473,7 @@ def test_help_imports_nothing_heavy():
         from litfreeze.__main__ import main
         assert main(["--help"]) == main(["finetune", "full", "--help"]) == 0
         assert main(["finetune", "full", "--trainable_layers", "-2:", "--print_config"]) == 0
-        heavy = {"torch", "lightning", "numpy", "transformers", "tokenizers", "matplotlib"} & set(sys.modules)
+        heavy = {"torch", "lightning_fabric", "numpy", "transformers", "tokenizers", "matplotlib"} & set(sys.modules)
         assert not heavy, heavy"""
     done = process("-c", code)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ Hugging Face and PEFT directories are opened the same way; their tensors are ren
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -339,19 +339,25 @@ def _check_shapes(stored: TensorDirectory, shapes: Mapping[str, tuple[int, ...]]
             raise UsageError(f"{stored.files[name].path}: {name} has shape {found}; config.json asks for {asked}.")
 
 
-def load_model(checkpoint: Checkpoint, dtype: Callable[[str], torch.dtype]) -> GPT:
-    """The model with its weights, `dtype(name)` telling each one's dtype.
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: Callable[[str], torch.dtype],
+    stream: Optional[torch.dtype] = None,
+    without: Collection[str] = (),
+) -> GPT:
+    """The model with its weights, `dtype(name)` telling each one's dtype and `stream` that of the residual stream (by
+    default the embedding's). The parameters `without` are left empty.
 
     Where that is the stored dtype and the tensor is stored as it is used, it stays backed by its file: it costs no
     memory until it is used, and can be dropped and read again. Changing it in memory never changes the file."""
     with torch.device("meta"):
-        model = GPT(checkpoint.config)
+        model = GPT(checkpoint.config, stream)
         if checkpoint.lora is not None:
             add_lora(model, checkpoint.lora)
     for name in list(dict(model.named_parameters())):
         owner, _, attribute = name.rpartition(".")
         # A weight cut out of a fused one is a view with strides of its own, which fused optimizers do not honour
-        weight = checkpoint.read(name).to(dtype(name)).contiguous()
+        weight = torch.empty(0) if name in without else checkpoint.read(name).to(dtype(name)).contiguous()
         setattr(model.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
     if checkpoint.config.tie_embeddings:
         model.head.weight = model.embed.weight

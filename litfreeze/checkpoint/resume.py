@@ -24,7 +24,7 @@ from litfreeze.errors import UsageError
 from litfreeze.outputs import RESUME
 
 STATE, FACTS = "state", "resume.json"
-WEIGHT = "weight"  # beside the optimizer's own words: exp_avg, exp_avg_sq, step
+WEIGHT = "weight"  # beside the optimizers' own words: exp_avg, exp_avg_sq, step; momentum_buffer; state1, absmax1, ...
 
 
 def write_resume(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
@@ -79,7 +79,12 @@ def restore(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         for kind in kinds[name]:
             if kind != WEIGHT:
                 tensor = file.read(f"{kind}.{name}").clone()
-                state[kind] = tensor if tensor.ndim == 0 and not _on_device(optimizer) else tensor.to(weight.device)
+                if tensor.ndim == 0 and not tensor.is_floating_point():
+                    state[kind] = tensor.item()
+                elif tensor.ndim == 0 and not _on_device(optimizer):
+                    state[kind] = tensor
+                else:
+                    state[kind] = tensor.to(weight.device)
         optimizer.state[weight] = state
 
 
@@ -91,7 +96,8 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     tensors = {}
     for name, weight in _trained(model, optimizer).items():
         tensors[f"{WEIGHT}.{name}"] = weight.detach()
-        tensors |= {f"{kind}.{name}": tensor for kind, tensor in optimizer.state[weight].items()}
+        state = optimizer.state[weight].items()  # its values are tensors; bitsandbytes counts steps by a plain number
+        tensors |= {f"{kind}.{name}": torch.as_tensor(value) for kind, value in state}
     return tensors
 
 

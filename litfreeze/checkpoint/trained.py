@@ -1,6 +1,7 @@
 """Saving what a run trained, and proving what it left alone."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from litfreeze.checkpoint.directory import Checkpoint, identity
 from litfreeze.checkpoint.tensors import same_bits
 from litfreeze.checkpoint.write import stored_as, write_checkpoint, write_over_base
 from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.quantize import Quantised
 from litfreeze.model import GPT
 
 
@@ -21,12 +23,14 @@ class Proof:
     """What was compared while saving, tensor by tensor, against the checkpoint that the run began from.
 
     Compared is the weight in memory, before it is rounded to the saved dtype; `rounded_back` are chosen tensors that
-    this rounding returned to the base's values. `sha256` is over the frozen tensors as they were saved."""
+    this rounding returned to the base's values. Of frozen weights that were `quantised` in memory, none is there to
+    compare. `sha256` is over the frozen tensors as they were saved."""
 
     frozen: int = 0
     trained: int = 0
     frozen_that_changed: list[str] = field(default_factory=list)
     trained_that_did_not: list[str] = field(default_factory=list)
+    quantised: Counter[str] = field(default_factory=Counter)  # int8 or nf4 -> how many of the frozen
     rounded_back: list[str] = field(default_factory=list)
     sha256: str = ""
     save_dtype: Optional[torch.dtype] = None
@@ -41,6 +45,8 @@ class Proof:
                 f"{same} of {self.frozen} frozen tensors are bit-identical to the base{cast} "
                 f"(sha256 {self.sha256[:16]}…)"
             )
+            for kind, count in self.quantised.items():
+                lines[0] += f", {count} of them kept in {kind} while training"
         else:
             lines.append("nothing was frozen")
         moved = self.trained - len(self.trained_that_did_not)
@@ -67,7 +73,7 @@ def write_trained(
     save_dtype: Optional[torch.dtype] = None,
 ) -> Optional[Proof]:
     """Writes what a run made of `checkpoint`: what is frozen from its own bytes, what trained from `model`, rounded
-    once. One tensor is in memory at a time.
+    once. One tensor is in memory at a time. A frozen weight that is empty in `model` has left it, untouched.
 
     `whole` writes every weight, else only what differs from the base, an adapter included. `prove` compares every
     tensor with `checkpoint`, also those that are not written. Dtypes are those of `checkpoint` unless `save_dtype`
@@ -80,7 +86,7 @@ def write_trained(
         trained = name in plan.trained
         if not prove:
             return after if trained else before
-        same = same_bits(before, after, after.dtype)
+        same = (name not in plan.trained and not after.numel()) or same_bits(before, after, after.dtype)
         if trained:
             proof.trained += 1
             proof.trained_that_did_not += [name] if same else []
@@ -88,6 +94,8 @@ def write_trained(
             proof.rounded_back += [name] if rounded else []
             return after
         proof.frozen += 1
+        if isinstance(weights[name], Quantised):
+            proof.quantised[weights[name].kind] += 1
         proof.frozen_that_changed += [] if same else [name]
         return before
 

@@ -18,6 +18,8 @@ class DataArgs:
             By default what the checkpoint was trained with, else its chat template, else alpaca.
         prompt_args: Variables for the chat template, such as {"enable_thinking": false}. Saved with the checkpoint.
         mask_prompt: Learn from the responses only; false learns from every token.
+        packing: `on` trains on streams of records without pads; `off` pads each to the longest of its micro-batch.
+        share_prompts: Compute what records of a micro-batch begin with only once; needs packing.
         max_seq_length: Longest sample in tokens; by default 1024, or what the model can take if that is less.
         overlong: A longer record is cut at its end, or dropped. Both are counted. Plain text is cut into windows.
         bad_records: A record that cannot be read stops the run, or is skipped and counted.
@@ -32,6 +34,8 @@ class DataArgs:
     prompt_style: Optional[str] = None
     prompt_args: Optional[dict[str, Any]] = None
     mask_prompt: bool = True
+    packing: Literal["on", "off"] = "on"
+    share_prompts: bool = True
     max_seq_length: Optional[int] = None
     overlong: Literal["cut", "drop"] = "cut"
     bad_records: Literal["stop", "skip"] = "stop"

@@ -1,27 +1,53 @@
-"""The order of the samples, and their padded batches: which rank sees which, step by step."""
+"""The order of the samples, and their batches: which rank sees which, step by step.
+
+A batch is a packed stream without pads, in which what several samples begin with may stand once; or, with packing off,
+rows padded to the longest."""
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from litfreeze.attention import Attention, Dense, Packed, Span
 from litfreeze.data.samples import IGNORE, Sample
 
+SHARED = 8  # tokens that are at least shared: fewer are not worth a span of their own
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One micro-batch, padded on the right to its longest sample.
+
+class Place(NamedTuple):
+    """The tokens `start` … `stop`-1 of a sample stand from row `row` of the batch on."""
+
+    row: int
+    sample: int
+    start: int
+    stop: int
+
+
+class Batch(NamedTuple):
+    """One micro-batch: N rows, one behind the other in a stream (N,), or B padded sequences (B, T) with N = B T.
 
     Attributes:
-        tokens: (B, T) int64 inputs, padded with 0.
-        targets: (B, T) int64, already shifted: what should follow each input; -100 where nothing is learned.
-        indices: The B samples in it; empty for a stand-in that teaches nothing (B = 1).
+        tokens: (N,) or (B, T) int64 inputs, padded with 0.
+        positions: (N,) or (T,) int64, of each token in its own sequence.
+        attention: Who looks at whom.
+        rows: (M,) int64, rising: the rows after which something is learned.
+        targets: (M,) int64: what should follow there; -100 for a stand-in, which teaches nothing.
+        records: (M,) int64: which of the batch's samples each target belongs to, from 0.
+        indices: The samples in it; empty for a stand-in.
+        places: Which tokens of which samples stand where.
     """
 
-    tokens: torch.Tensor
-    targets: torch.Tensor
+    tokens: Tensor
+    positions: Tensor
+    attention: Attention
+    rows: Tensor
+    targets: Tensor
+    records: Tensor
     indices: list[int]
+    places: list[Place]
 
 
 def steps_per_epoch(n: int, global_batch_size: int) -> int:
@@ -36,54 +62,124 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def step_batches(
-    samples: Sequence[Sample],
+def step_indices(
     order: Sequence[int],
     step: int,
     global_batch_size: int,
     micro_batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-) -> list[Batch]:
-    """The micro-batches of one rank in optimizer step `step` (from 0) of an epoch.
+) -> list[list[int]]:
+    """The samples of each micro-batch of one rank in optimizer step `step` (from 0) of an epoch.
 
     The step's samples are `order[step * global_batch_size : (step + 1) * global_batch_size]`, of which the rank takes
-    every `world_size`-th. Every rank gets the same number of micro-batches, so that all enter each forward together.
+    every `world_size`-th. Every rank gets the same number of micro-batches, so that all enter each forward together;
+    one that has run out of samples gets empty ones.
     """
-    chosen = order[step * global_batch_size : (step + 1) * global_batch_size]
-    return _rank_batches(samples, chosen, micro_batch_size, rank, world_size)
+    return _of_rank(
+        order[step * global_batch_size : (step + 1) * global_batch_size], micro_batch_size, rank, world_size
+    )
 
 
-def val_batches(samples: Sequence[Sample], micro_batch_size: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
-    """All samples once over the ranks, longest first so that little is padded; as many micro-batches on every rank."""
+def val_indices(
+    samples: Sequence[Sample], micro_batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """All samples once over the ranks, longest first so that batches are alike; as many micro-batches on every rank."""
     longest_first = sorted(range(len(samples)), key=lambda i: -len(samples[i].tokens))
-    return _rank_batches(samples, longest_first, micro_batch_size, rank, world_size)
+    return _of_rank(longest_first, micro_batch_size, rank, world_size)
 
 
-def _rank_batches(
-    samples: Sequence[Sample], chosen: Sequence[int], micro_batch_size: int, rank: int, world_size: int
-) -> list[Batch]:
+def _of_rank(chosen: Sequence[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
     most = -(-len(chosen) // world_size)  # of one rank
     mine = chosen[rank::world_size]
-    batches = []
-    for start in range(0, most, micro_batch_size):
-        indices = list(mine[start : start + micro_batch_size])
-        batches.append(_collate(samples, indices) if indices else _stand_in(samples, chosen))
-    return batches
+    return [list(mine[start : start + micro_batch_size]) for start in range(0, most, micro_batch_size)]
 
 
-def _collate(samples: Sequence[Sample], indices: list[int]) -> Batch:
-    length = max(len(samples[i].tokens) for i in indices) - 1
-    tokens = torch.zeros(len(indices), length, dtype=torch.long)  # (B, T)
-    targets = torch.full((len(indices), length), IGNORE, dtype=torch.long)  # (B, T)
-    for row, i in enumerate(indices):
-        n = len(samples[i].tokens) - 1
-        tokens[row, :n] = torch.as_tensor(samples[i].tokens[:-1])
-        targets[row, :n] = torch.as_tensor(samples[i].labels[1:])
-    return Batch(tokens, targets, indices)
+def build_batch(samples: Sequence[Sample], indices: list[int], packed: bool = True, share: bool = True) -> Batch:
+    """The batch of `samples[i]` for i in `indices`; of none, a stand-in: its forward and backward happen, to no effect.
+
+    `packed` puts them into one stream, where `share` lets those that begin with the same tokens have them once, as far
+    as none of them learns there."""
+    if not indices:
+        shortest = min(range(len(samples)), key=lambda i: len(samples[i].tokens))
+        batch = build_batch(samples, [shortest], packed, share)
+        return batch._replace(targets=torch.full_like(batch.targets, IGNORE), indices=[])
+    return (_stream if packed else _padded)(samples, indices, share and len(indices) > 1)
 
 
-def _stand_in(samples: Sequence[Sample], chosen: Sequence[int]) -> Batch:
-    """For a rank that has run out of samples while others have not: its forward and backward happen, to no effect."""
-    batch = _collate(samples, [min(chosen, key=lambda i: len(samples[i].tokens))])
-    return Batch(batch.tokens, torch.full_like(batch.targets, IGNORE), [])
+def _padded(samples: Sequence[Sample], indices: list[int], _: bool) -> Batch:
+    longest = max(len(samples[i].tokens) for i in indices) - 1
+    places = [Place(b * longest, i, 0, len(samples[i].tokens) - 1) for b, i in enumerate(indices)]
+    tokens, rows, targets, records = _fill(samples, indices, places, len(indices) * longest)
+    tokens = tokens.view(len(indices), longest)
+    return Batch(tokens, torch.arange(longest), Dense(), rows, targets, records, indices, places)
+
+
+def _stream(samples: Sequence[Sample], indices: list[int], share: bool) -> Batch:
+    places: list[Place] = []
+    spans: list[Span] = []
+
+    def append(i: int, start: int, stop: int, before: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+        row = spans[-1].stop if spans else 0
+        places.append(Place(row, i, start, stop))
+        spans.append(Span(row, row + stop - start, before))
+        return row, row + stop - start
+
+    def grow(group: list[int], depth: int, before: tuple[tuple[int, int], ...]) -> None:
+        """Appends the samples of `group`, whose first `depth` tokens are alike and stand in the rows `before`."""
+        if len(group) == 1:
+            append(group[0], depth, len(samples[group[0]].tokens) - 1, before)
+            return
+        common = _common(samples, group)
+        if common - depth >= SHARED:
+            before, depth = (*before, append(group[0], depth, common, before)), common
+        for branch in _branches(samples, group, common):
+            grow(branch, depth, before)
+
+    for group in [indices] if share else [[i] for i in indices]:
+        grow(group, 0, ())
+    positions = torch.cat([torch.arange(place.start, place.stop) for place in places])
+    tokens, rows, targets, records = _fill(samples, indices, places, len(positions))
+    return Batch(tokens, positions, Packed(spans, rows), rows, targets, records, indices, places)
+
+
+def _common(samples: Sequence[Sample], group: list[int]) -> int:
+    """How many tokens all of `group` begin with, none of which is followed by a target."""
+    first = samples[group[0]].tokens
+    common = min(_first_target(samples[i]) for i in group)
+    for i in group[1:]:
+        differ = np.flatnonzero(first[:common] != samples[i].tokens[:common])
+        common = int(differ[0]) if len(differ) else common
+    return common
+
+
+def _branches(samples: Sequence[Sample], group: list[int], common: int) -> list[list[int]]:
+    """`group` by the token that follows the first `common`; a sample that learns there is alone."""
+    branches: dict[int, list[int]] = {}
+    for i in group:
+        alone = _first_target(samples[i]) <= common
+        branches.setdefault(-1 - i if alone else int(samples[i].tokens[common]), []).append(i)
+    return list(branches.values())
+
+
+def _first_target(sample: Sample) -> int:
+    """The first token after which something is learned."""
+    return int(np.argmax(sample.labels[1:] != IGNORE))
+
+
+def _fill(
+    samples: Sequence[Sample], indices: list[int], places: list[Place], length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tokens (length,), rows, targets and records (M,) of a `Batch`."""
+    tokens = np.zeros(length, np.int64)
+    rows, targets, records = [], [], []
+    for row, i, start, stop in places:
+        sample = samples[i]
+        tokens[row : row + stop - start] = sample.tokens[start:stop]
+        if stop == len(sample.tokens) - 1:  # where its targets are: shared beginnings have none
+            learned = np.flatnonzero(sample.labels[1:] != IGNORE)
+            rows.append(learned - start + row)
+            targets.append(sample.labels[1:][learned])
+            records.append(np.full(len(learned), indices.index(i)))
+    found = (np.concatenate(parts).astype(np.int64) for parts in (rows, targets, records))
+    return torch.from_numpy(tokens), *map(torch.from_numpy, found)

@@ -2,9 +2,11 @@
 
 What happens to a record that cannot teach is decided here, and counted in `Counts`."""
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -38,6 +40,11 @@ class Sample:
     labels: np.ndarray
     source: str
     response: tuple[int, int]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """sha256 of the tokens that the model reads: all but the last."""
+        return hashlib.sha256(self.tokens[:-1].astype("<i4").tobytes()).digest()
 
     @property
     def prompt_tokens(self) -> np.ndarray:

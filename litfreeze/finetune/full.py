@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
+from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.layers import Layers, Names
 from litfreeze.train.args import EvalArgs, TrainArgs
 
@@ -26,6 +27,7 @@ def setup(
     data: DataArgs = DataArgs(),
     train: TrainArgs = TrainArgs(),
     eval: EvalArgs = EvalArgs(),
+    frozen: FrozenArgs = FrozenArgs(),
     precision: Optional[Precision] = None,
     save: Literal["full", "delta", "both"] = "full",
     save_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None,
@@ -53,6 +55,7 @@ def setup(
         data: The records to learn from.
         train: How long and how fast to train.
         eval: When to measure.
+        frozen: How what is frozen is made cheap.
         precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
         save: The final checkpoint as a whole, as a delta (only what trained, over its base), or as both. What is saved
             on the way is always a delta.

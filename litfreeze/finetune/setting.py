@@ -23,6 +23,7 @@ from litfreeze.train.args import TrainArgs
 from litfreeze.train.job import Job, Result
 from litfreeze.train.run import run
 
+_ELSEWISE = "--{} {} stands beside --resume, but the run was made with {}. Leave it out, or start a new run."
 DEVICES = ("accelerator", "devices", "num_nodes")  # what a resumed run may be told anew
 
 
@@ -40,10 +41,15 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
     folder = Path(facts.get("folder", "."))  # relative paths were meant from there
     for name in ("checkpoint_dir", "base_dir"):
         own[name] = own[name] and folder / own[name]
+    own["frozen"].cache_dir = own["frozen"].cache_dir and folder / own["frozen"].cache_dir
     for name in ("path", "val_path"):
         setattr(own["data"], name, getattr(own["data"], name) and folder / getattr(own["data"], name))
     defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
     changed = _leaves(_changed(vars(given), defaults))
+    frozen = changed.pop("frozen", {})
+    own["frozen"], before = replace(own["frozen"], **frozen), own["frozen"]
+    if own["frozen"].freeze_quantize != before.freeze_quantize:  # the one of them that changes what is learned
+        raise UsageError(_ELSEWISE.format("freeze_quantize", frozen["freeze_quantize"], before.freeze_quantize))
     for name, value in changed.items():
         group, _, leaf = name.rpartition(".")
         if name in (*DEVICES, "base_dir"):
@@ -51,10 +57,7 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
         elif name in ("data.path", "data.val_path"):  # where it lies may change; what it holds is compared
             setattr(own["data"], leaf, Path(value))
         elif name != "resume" and str(value) != str(kept := getattr(own[group], leaf) if group else own[name]):
-            raise UsageError(
-                f"--{name} {value} stands beside --resume, but the run was made with {kept}. Leave it out, or start a "
-                "new run."
-            )
+            raise UsageError(_ELSEWISE.format(name, value, kept))
     return SimpleNamespace(**{**own, "out_dir": run_dir, "resume": run_dir})
 
 
@@ -92,6 +95,7 @@ def start(
         out_dir=options.out_dir and Path(options.out_dir),
         seed=options.seed,
         recipe=recipe_yaml(script, {**vars(options), "train": train, "precision": precision.name}),
+        frozen=options.frozen,
         resume=bool(options.resume),
         **more,
     )
@@ -120,6 +124,7 @@ def recipe_yaml(script: Callable[..., Any], options: Mapping[str, Any]) -> str:
     defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
     left_out = ("out_dir", "resume")
     chosen = _changed({name: value for name, value in options.items() if name not in left_out}, defaults)
+    chosen |= chosen.pop("frozen", {})  # a flat group
     return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
 
 

@@ -1,11 +1,18 @@
 """How much memory a plan needs: weights, gradients, optimizer state, activations."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Optional
 
+import torch
+
+from litfreeze.freeze.optimizers import state_bytes
 from litfreeze.freeze.plan import FreezePlan, block_of
+from litfreeze.freeze.quantize import quantised_bytes
 from litfreeze.precision import Precision
+from litfreeze.sizes import megabytes
 
-ROWS = 1024  # rows of logits that the loss makes at once
+LOGITS = 64 * 1024**2  # bytes of fp32 logits that the loss makes at once
 
 
 @dataclass(frozen=True)
@@ -16,31 +23,69 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    logits: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def estimate_memory(plan: FreezePlan, precision: Precision, batch_tokens: int, target_tokens: int) -> Memory:
-    """An estimate for AdamW and micro-batches of `batch_tokens` tokens, `target_tokens` of them with a loss.
+@dataclass(frozen=True)
+class Thrift:
+    """What a run does to need less.
+
+    Attributes:
+        optimizer: As in `--train.optimizer`.
+        fused_backward: A gradient lives while it is made; a tied embedding's grows through the whole of backward,
+            beside one other.
+        quantize: What frozen weights are kept in where they can be.
+        recompute: A block's activations exist while backward is in it, and before only what enters it.
+    """
+
+    optimizer: str = "adamw"
+    fused_backward: bool = False
+    quantize: Optional[str] = None
+    recompute: bool = False
+
+
+def estimate_memory(
+    plan: FreezePlan,
+    precision: Precision,
+    stored: Callable[[str], torch.dtype],
+    batch_tokens: int,
+    target_tokens: int,
+    thrift: Thrift = Thrift(),
+) -> Memory:
+    """An estimate for micro-batches of `batch_tokens` tokens, `target_tokens` of them with a loss. The parameter `name`
+    has the dtype `stored(name)` in its checkpoint.
 
     Activations are what autograd keeps: nothing below the lowest trained block, the input of a linear layer only where
-    its weight trains, the logits of `ROWS` targets at a time, and under mixed precision the masters' low-precision
-    casts. An adapter adds its input (and under dropout a copy of its own), what lies between A and B and, for DoRA,
+    its weight trains, the logits of `logit_rows` targets at a time, and under mixed precision the masters' copies in
+    less. An adapter adds its input (and under dropout a copy of its own), what lies between A and B and, for DoRA,
     what its magnitudes scale."""
     trained = plan.n_trained
-    frozen = plan.n_parameters - trained
-    activations = batch_tokens * sum(_per_token(plan, precision, i) for i in range(max(plan.lowest, 0), plan.n_layer))
-    logits = precision.compute.itemsize + 4  # as the head gives them, and the fp32 probabilities
-    activations += min(target_tokens, ROWS) * plan.config.vocab_size * logits
+    sizes = sorted(plan.sizes[name] for name in plan.trained)
+    gradients = sum(sizes[-2:] if thrift.fused_backward else sizes)
+    packed = quantised_bytes(plan, thrift.quantize) if thrift.quantize else {}
+    kept = {name: n * precision.kept(name in plan.trained, stored(name)).itemsize for name, n in plan.sizes.items()}
+    each = [_per_token(plan, precision, i) for i in range(max(plan.lowest, 0), plan.n_layer)]
+    entering = len(each) * plan.config.n_embd * precision.stream.itemsize
+    activations = batch_tokens * (entering + max(each, default=0) if thrift.recompute else sum(each))
+    vocabulary = plan.config.vocab_size
+    wide = 4 + precision.compute.itemsize * (precision.compute != torch.float32)  # fp32, and as the head gives them
     activations += trained * precision.compute.itemsize * (precision.compute != precision.trained)
     return Memory(
-        weights=trained * precision.trained.itemsize + frozen * precision.frozen.itemsize,
-        gradients=trained * precision.trained.itemsize,
-        optimizer=2 * trained * precision.trained.itemsize,
+        weights=sum({**kept, **packed}.values()),
+        gradients=gradients * precision.trained.itemsize,
+        optimizer=state_bytes(plan, thrift.optimizer, precision.trained),
         activations=activations,
+        logits=min(target_tokens, logit_rows(vocabulary)) * vocabulary * wide,
     )
+
+
+def logit_rows(vocabulary: int) -> int:
+    """Rows of logits, each over `vocabulary` words, that the loss makes at once."""
+    return max(16, LOGITS // (4 * vocabulary))
 
 
 def _per_token(plan: FreezePlan, precision: Precision, i: int) -> int:
@@ -73,20 +118,22 @@ def _per_token(plan: FreezePlan, precision: Precision, i: int) -> int:
     return stream * precision.stream.itemsize + inside * precision.compute.itemsize
 
 
-def describe_memory(plan: FreezePlan, precision: Precision, batch_tokens: int, target_tokens: int) -> str:
+def describe_memory(
+    plan: FreezePlan,
+    precision: Precision,
+    stored: Callable[[str], torch.dtype],
+    batch_tokens: int,
+    target_tokens: int,
+    thrift: Thrift = Thrift(),
+) -> str:
     """Two lines: this plan, and training everything."""
     lines = []
-    everything = FreezePlan.everything(plan.config)
+    given = (precision, stored, batch_tokens, target_tokens)
     for label, memory in (
-        ("this plan", estimate_memory(plan, precision, batch_tokens, target_tokens)),
-        ("everything", estimate_memory(everything, precision, batch_tokens, target_tokens)),
+        ("this plan", estimate_memory(plan, *given, thrift)),
+        ("everything", estimate_memory(FreezePlan.everything(plan.config), *given, replace(thrift, quantize=None))),
     ):
-        kinds = ("weights", "gradients", "optimizer", "activations")
+        kinds = ("weights", "gradients", "optimizer", "activations", "logits")
         parts = " + ".join(f"{kind} {megabytes(getattr(memory, kind))}" for kind in kinds)
         lines.append(f"{label:>10}: {parts} = {megabytes(memory.total)}")
     return "\n".join(lines)
-
-
-def megabytes(count: int) -> str:
-    """Bytes as a person reads them: MB up to a gigabyte, then GB (powers of ten)."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

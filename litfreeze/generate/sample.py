@@ -7,8 +7,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from litfreeze.attention import KVCache
 from litfreeze.errors import UsageError
-from litfreeze.model import GPT, KVCache
+from litfreeze.model import GPT
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def generate_tokens(
         )
     room = min(len(prompt) + max_new_tokens, block_size)
     autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.blocks[0].attn.k_proj.weight.dtype
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.stream or model.embed.weight.dtype
     cache = KVCache(model.config, 1, room, device, dtype)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.as_tensor(list(prompt), device=device)[None]  # (1, T)
@@ -77,5 +78,5 @@ def generate_tokens(
 def _next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     """Logits (V,) after the last of `tokens` (1, T); the head runs on that position alone."""
     positions = model.positions(tokens, cache)
-    x = model.run_blocks(model.embed_tokens(tokens, positions), positions, cache=cache)
+    x = model.run_blocks(model.embed_tokens(tokens, positions), positions, cache)
     return model.logits(x[0, -1])

@@ -5,6 +5,8 @@ from typing import Literal, Optional
 
 from litfreeze.freeze.layers import Layers, Names
 
+RECORDS = 1000
+
 
 def setup(
     checkpoint_dir: Optional[Path] = None,
@@ -20,7 +22,7 @@ def setup(
     micro_batch_size: int = 4,
     max_seq_length: int = 512,
 ) -> None:
-    """Print which parameters a choice of layers trains and the memory it needs. Nothing is loaded or trained.
+    """Print which parameters a choice of layers trains, the memory it needs and what it saves. Nothing is trained.
 
     Args:
         checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
@@ -37,10 +39,13 @@ def setup(
         micro_batch_size: Samples in one forward pass.
         max_seq_length: Tokens in each of them.
     """
+    import torch
+
     from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
     from litfreeze.freeze.memory import describe_memory
+    from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
     from litfreeze.freeze.words import plan_from_words
     from litfreeze.precision import PRECISIONS, default_precision
 
@@ -64,4 +69,8 @@ def setup(
     tokens = micro_batch_size * max_seq_length
     print(f"{base.path}\n{plan.summary()}\n\n{plan.table()}\n")
     print(f"Memory, estimated for {kept.name}, AdamW and {tokens:,} tokens in a micro-batch, all of them with a loss:")
-    print(describe_memory(plan, kept, tokens, tokens))
+    print(f"{describe_memory(plan, kept, base.dtype, tokens, tokens)}\n")
+    rows = Rows.full(RECORDS, max_seq_length)
+    size = rows.tokens * plan.config.n_embd * kept.stream.itemsize if plan.lowest > 0 else None
+    rate = matmul_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"), kept.compute)
+    print(describe_savings(plan, rows, rate, size, f"{RECORDS:,} records of {max_seq_length}"))

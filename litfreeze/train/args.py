@@ -22,9 +22,13 @@ class TrainArgs:
         lr_schedule: Shape of the learning rate after the warmup.
         lr_warmup_steps: Steps of rising learning rate; by default 3 % of the steps.
         min_lr: Where cosine and linear end.
-        weight_decay: AdamW's decoupled decay, for matrices only (norms and biases are left alone).
+        optimizer: adamw; adamw8bit keeps its moments in 8 bits (needs bitsandbytes); muon takes the whole matrices of
+            blocks, with one moment (AdamW takes the rest, and both go by the same learning rate).
+        weight_decay: Decoupled decay, for matrices only (norms and biases are left alone).
         beta1: AdamW's first moment.
         beta2: AdamW's second moment.
+        activation_checkpointing: Compute activations again in backward in place of keeping them, in the blocks that
+            backward reaches: less memory, more time.
         max_norm: Clip the gradient of the chosen parameters to this norm; null for never.
         save_interval: Save a checkpoint and a point to `--resume` from every this many steps; by default only the best
             checkpoint and the final one are saved.
@@ -41,9 +45,11 @@ class TrainArgs:
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_steps: Optional[int] = None
     min_lr: float = 0.0
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
+    activation_checkpointing: bool = False
     max_norm: Optional[float] = 1.0
     save_interval: Optional[int] = None
     keep_last: Optional[int] = None

@@ -9,6 +9,7 @@ import torch
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.data.args import DataArgs
+from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.precision import Precision
 from litfreeze.train.args import EvalArgs, TrainArgs
@@ -27,6 +28,7 @@ class Job:
     train: TrainArgs  # lr and epochs filled in
     eval: EvalArgs
     out_dir: Optional[Path]
+    frozen: FrozenArgs
     seed: int
     recipe: str  # YAML of the options, for --config
     save: Literal["full", "delta", "both"]  # the final checkpoint: all weights, only what trained, or each

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import nn
 
-from litfreeze.data.batches import Batch, epoch_order, step_batches, steps_per_epoch, val_batches
-from litfreeze.data.samples import IGNORE, Sample, Samples
+from litfreeze.data.batches import epoch_order, step_indices, steps_per_epoch, val_indices
+from litfreeze.data.samples import IGNORE
 from litfreeze.errors import RunError
 from litfreeze.train.args import EvalArgs, TrainArgs, seconds
+from litfreeze.train.feed import Feed
+from litfreeze.train.fused import FusedBackward
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.optim import lr_at, set_lr, warmup_steps
 from litfreeze.train.outcome import Outcome, Scores
@@ -48,7 +50,8 @@ def fit(
     fabric: Fabric,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    samples: Samples,
+    records: Feed,
+    held_out: Feed,
     schedule: Schedule,
     train: TrainArgs,
     eval: EvalArgs,
@@ -56,40 +59,36 @@ def fit(
     save: Callable[[str, Outcome], object],
     seed: int,
     outcome: Optional[Outcome] = None,
+    fused: Optional[FusedBackward] = None,
 ) -> Outcome:
-    """Trains `model` (a `NextToken` under Fabric) and returns what it reached, beginning where `outcome` stands.
+    """Trains `model` (a `NextToken` under Fabric) on `records` and returns what it reached on `held_out`, beginning
+    where `outcome` stands.
 
     The gradient of a step is the mean over all target tokens of its global batch, however that is cut into
-    micro-batches and processes. `save(name, outcome)` writes a checkpoint. Raises RunError on a loss that is not
-    finite."""
+    micro-batches and processes. `save(name, outcome)` writes a checkpoint. With `fused` parameters step inside of
+    backward. Raises RunError on a loss that is not finite."""
     outcome = outcome or Outcome()
     began = time.perf_counter() - outcome.wall_seconds
-    measure = bool(samples.val)
+    measure = bool(held_out.samples)
     order: list[int] = []
     if measure and eval.initial_validation and outcome.step == 0:
-        outcome.before = outcome.after = validate(fabric, model, samples.val, train.micro_batch_size)
+        outcome.before = outcome.after = validate(fabric, model, held_out, train.micro_batch_size)
         outcome.best_loss = outcome.before.loss
         monitor.validated(0, outcome.before)
     limit = None if train.max_time is None else seconds(train.max_time)
     while outcome.step < schedule.max_steps and not outcome.stopped:
         epoch, within = divmod(outcome.step, schedule.steps_per_epoch)
         if within == 0 or not order:
-            order = epoch_order(len(samples.train), seed, epoch)
+            order = epoch_order(len(records.samples), seed, epoch)
         lr = lr_at(outcome.step, schedule.max_steps, schedule.warmup, train)
         set_lr(optimizer, lr)
         # Dropout draws from the step, not from what happened before it, so that a resumed run draws the same
         torch.manual_seed((seed * 1_000_003 + outcome.step) * fabric.world_size + fabric.global_rank)
-        batches = step_batches(
-            samples.train,
-            order,
-            within,
-            train.global_batch_size,
-            train.micro_batch_size,
-            fabric.global_rank,
-            fabric.world_size,
-        )
+        sizes = train.global_batch_size, train.micro_batch_size, fabric.global_rank, fabric.world_size
+        micro_batches = step_indices(order, within, *sizes)
+        then = step_indices(order, within + 1, *sizes)[:1]
         start = time.perf_counter()
-        loss, norm, tokens = _step(fabric, model, optimizer, batches, samples.train, train.max_norm)
+        loss, norm, tokens = _step(fabric, model, optimizer, records, micro_batches, then, train.max_norm, fused)
         outcome.step += 1
         outcome.tokens += tokens
         outcome.seconds += time.perf_counter() - start
@@ -98,7 +97,7 @@ def fit(
             outcome.stopped = f"--train.max_time {train.max_time} was reached"
         last = outcome.step == schedule.max_steps or bool(outcome.stopped)
         if measure and (last or outcome.step % schedule.eval_interval == 0):
-            outcome.after = validate(fabric, model, samples.val, train.micro_batch_size)
+            outcome.after = validate(fabric, model, held_out, train.micro_batch_size)
             monitor.validated(outcome.step, outcome.after)
             if not math.isfinite(outcome.after.loss):
                 raise RunError(f"The validation loss became {outcome.after.loss} at step {outcome.step}. {LOWER_LR}")
@@ -122,20 +121,23 @@ def _step(
     fabric: Fabric,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[Batch],
-    samples: list[Sample],
+    records: Feed,
+    micro_batches: list[list[int]],
+    then: list[list[int]],
     max_norm: Optional[float],
+    fused: Optional[FusedBackward] = None,
 ) -> tuple[float, float, int]:
-    """One optimizer step over this rank's micro-batches: mean loss, gradient norm before clipping, tokens read."""
+    """One optimizer step over this rank's `micro_batches`, before the one that begins with `then`: mean loss, gradient
+    norm before clipping, tokens read."""
     model.train()
-    used = [samples[i] for batch in batches for i in batch.indices]
+    used = [records.samples[i] for indices in micro_batches for i in indices]
+    learned = sum(int((sample.labels[1:] != IGNORE).sum()) for sample in used)
     read = sum(len(sample.tokens) - 1 for sample in used)
-    counts = torch.tensor([sum(int((b.targets != IGNORE).sum()) for b in batches), read], dtype=torch.float64)
-    targets, tokens = _sum(fabric, counts).tolist()
+    targets, tokens = _sum(fabric, torch.tensor([learned, read], dtype=torch.float64)).tolist()
     total = torch.zeros((), dtype=torch.float64)
-    for i, batch in enumerate(batches):
-        with fabric.no_backward_sync(model, enabled=i < len(batches) - 1):
-            scored = model(fabric.to_device(batch.tokens), fabric.to_device(batch.targets))
+    for i, given in enumerate(records.given(micro_batches, *then)):
+        with fabric.no_backward_sync(model, enabled=i < len(micro_batches) - 1):
+            scored = model(*given)
             # DDP averages over processes, so each one's share is scaled up by their number
             fabric.backward(scored.loss * (fabric.world_size / targets))
         total += scored.loss.detach().cpu().double()
@@ -143,21 +145,30 @@ def _step(
     if not math.isfinite(loss):
         places = ", ".join(sample.source for sample in used[:4])
         raise RunError(f"The loss became {loss}. {LOWER_LR} Or look at the records of this step: {places} ….")
-    norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or float("inf"), error_if_nonfinite=False)
-    if not math.isfinite(norm) and fabric.strategy.precision.precision != "16-mixed":  # there the scaler skips the step
+    scaled = fabric.strategy.precision.precision == "16-mixed"  # gradients are scaled; a step that overflows is skipped
+    if fused is not None:
+        norm = fused.norm()  # and every parameter has stepped
+    elif max_norm is None and not scaled:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    else:
+        norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or float("inf"), error_if_nonfinite=False)
+    if not math.isfinite(norm) and not scaled:
         raise RunError(f"The gradient became {float(norm)} where the loss was {loss:.4f}. {LOWER_LR}")
-    optimizer.step()
-    optimizer.zero_grad()
+    if fused is None:
+        optimizer.step()
+        optimizer.zero_grad()
     return loss, float(norm), int(tokens)
 
 
 @torch.no_grad()
-def validate(fabric: Fabric, model: nn.Module, samples: list[Sample], micro_batch_size: int) -> Scores:
-    """Scores over all of `samples`, the same whatever the number of processes."""
+def validate(fabric: Fabric, model: nn.Module, held_out: Feed, micro_batch_size: int) -> Scores:
+    """Scores over all of `held_out`, the same whatever the number of processes."""
     model.eval()
+    samples = held_out.samples
     sums = torch.zeros(5, dtype=torch.float64)
-    for batch in val_batches(samples, micro_batch_size, fabric.global_rank, fabric.world_size):
-        s = model(fabric.to_device(batch.tokens), fabric.to_device(batch.targets))
+    for given in held_out.given(val_indices(samples, micro_batch_size, fabric.global_rank, fabric.world_size)):
+        s = model(*given)
         sums += torch.stack([v.cpu().double() for v in (s.loss, s.targets, s.right, s.exact, s.records)])
     loss, targets, right, exact, records = _sum(fabric, sums).tolist()
     answers = all(sample.labels[0] == IGNORE for sample in samples)  # a prompt comes first, and is not learned

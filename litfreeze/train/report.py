@@ -9,18 +9,17 @@ from typing import Any, Optional
 
 import torch
 
-from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.tensors import write_text
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.config import DROPOUT
 from litfreeze.data.samples import IGNORE, Sample, Samples
 from litfreeze.demo import MODEL_DIR
-from litfreeze.freeze.memory import describe_memory, megabytes
-from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.memory import Thrift, describe_memory
+from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
 from litfreeze.outputs import FINAL
-from litfreeze.precision import Precision
+from litfreeze.sizes import megabytes
 from litfreeze.tokenizer import Tokenizer
-from litfreeze.train.args import TrainArgs
+from litfreeze.train.job import Job
 from litfreeze.train.loop import Schedule
 from litfreeze.train.outcome import Outcome
 
@@ -52,46 +51,62 @@ class Exchange:
 class Report:
     """The facts of a run that are known before its first step."""
 
-    checkpoint: Checkpoint
-    plan: FreezePlan
-    precision: Precision
-    train: TrainArgs
+    job: Job
     samples: Samples
     schedule: Schedule
     device: torch.device
-    recipe: str
-    notes: tuple[str, ...] = ()  # where the run begins, if that is more than a model
 
     def opening(self, prompt_style: Optional[str]) -> str:
         """What will train, on what, for how long, and what it will cost."""
-        config, schedule = self.checkpoint.config, self.schedule
+        config, schedule = self.job.checkpoint.config, self.schedule
         tokens, targets = self._micro_batch()
-        dropout = [f"{name} {value}" for name in DROPOUT if (value := self.checkpoint.hf_config.get(name))]
+        dropout = [f"{name} {value}" for name in DROPOUT if (value := self.job.checkpoint.hf_config.get(name))]
         return "\n".join(
             [
-                f"Model     {self._name()} ({config.n_layer} blocks, {self.plan.n_parameters:,} parameters)",
-                *(f"          {note}" for note in self.notes),
+                f"Model     {self._name()} ({config.n_layer} blocks, {self.job.plan.n_parameters:,} parameters)",
+                *(f"          {note}" for note in self.job.notes),
                 f"Data      {self.samples.describe().replace(chr(10), chr(10) + ' ' * 10)}",
                 f"          {f'Prompt style: {prompt_style}' if prompt_style else 'Plain text'}.",
-                f"Run       {schedule.max_steps} steps of {self.train.global_batch_size} samples "
-                f"(epochs: {schedule.epochs:.3g}), lr {self.train.lr:g} {self.train.lr_schedule} "
-                f"after {schedule.warmup} warmup steps, {self.precision.name} on {self.device.type}",
+                f"Run       {schedule.max_steps} steps of {self.job.train.global_batch_size} samples "
+                f"(epochs: {schedule.epochs:.3g}), lr {self.job.train.lr:g} {self.job.train.lr_schedule} "
+                f"after {schedule.warmup} warmup steps, {self.job.precision.name} on {self.device.type}",
                 *([f"          Without dropout (config.json has {', '.join(dropout)})."] if dropout else []),
-                f"Trains    {self.plan.summary()}",
+                f"Trains    {self.job.plan.summary()}",
                 "",
-                self.plan.table(),
+                self.job.plan.table(),
                 "",
-                f"Memory, estimated for micro-batches of {self.train.micro_batch_size} (up to {tokens:,} tokens):",
-                describe_memory(self.plan, self.precision, tokens, targets),
+                f"Memory, estimated for micro-batches of {self.job.train.micro_batch_size} (up to {tokens:,} tokens):",
+                describe_memory(
+                    self.job.plan,
+                    self.job.precision,
+                    self.job.checkpoint.dtype,
+                    tokens,
+                    targets,
+                    Thrift(
+                        self.job.train.optimizer,
+                        self.job.frozen.fused_backward,
+                        self.job.frozen.freeze_quantize,
+                        self.job.train.activation_checkpointing,
+                    ),
+                ),
                 "",
             ]
         )
 
-    def closing(self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange) -> str:
+    def arithmetic(self, cache: str, kept: Optional[int]) -> str:
+        """What an epoch will cost, and what freezing saves of it. `cache` says what became of the frozen prefix."""
+        rows = Rows.of(self.samples.train)
+        rate = matmul_rate(self.device, self.job.precision.compute)
+        told = cache.replace("\n", "\n" + " " * 10)
+        return "\n".join([describe_savings(self.job.plan, rows, rate, kept), "", f"Cache     {told}", ""])
+
+    def closing(
+        self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange, rows: list[dict[str, Any]]
+    ) -> str:
         """What came of it, where it lies, and what to type next."""
         final = shlex.quote(str(out_dir / FINAL))
         question = shlex.quote(exchange.question)
-        lines = ["", *self._results(outcome, proof), "", *_dialogue(exchange), ""]
+        lines = ["", *self._results(outcome, proof, rows), "", *_dialogue(exchange), ""]
         if outcome.stopped:
             lines.append(f"Stopped early: {outcome.stopped}.")
         lines += [
@@ -107,16 +122,16 @@ class Report:
         """report.md, loss.png and recipe.yaml in `out_dir`."""
         draw_losses(out_dir / "loss.png", rows)
         fence = "```"
-        write_text(out_dir / "recipe.yaml", self.recipe)
+        write_text(out_dir / "recipe.yaml", self.job.recipe)
         write_text(
             out_dir / "report.md",
             "\n".join(
                 [
-                    f"# {self.plan.summary()}",
+                    f"# {self.job.plan.summary()}",
                     "",
                     f"Base: {self._name()}. {self.samples.describe()}",
                     "",
-                    *[f"- {line}" for line in self._results(outcome, proof)],
+                    *[f"- {line}" for line in self._results(outcome, proof, rows)],
                     "",
                     "![loss](loss.png)",
                     "",
@@ -129,7 +144,7 @@ class Report:
                     "## What trained",
                     "",
                     fence,
-                    self.plan.table(),
+                    self.job.plan.table(),
                     fence,
                     "",
                     "## Recipe",
@@ -137,7 +152,7 @@ class Report:
                     "`litfreeze finetune … --config recipe.yaml` repeats this run.",
                     "",
                     fence + "yaml",
-                    self.recipe.rstrip(),
+                    self.job.recipe.rstrip(),
                     fence,
                     "",
                 ]
@@ -145,14 +160,14 @@ class Report:
         )
 
     def _export(self, final: str, out_dir: Path) -> str:
-        if self.plan.lora is not None:
+        if self.job.plan.lora is not None:
             return f"litfreeze merge_lora --checkpoint_dir {final}"
         return f"litfreeze convert to_hf --checkpoint_dir {final} --out_dir {shlex.quote(str(out_dir / 'hf'))}"
 
     def _name(self) -> str:
-        return "the embedded demo model" if self.checkpoint.path == MODEL_DIR else str(self.checkpoint.path)
+        return "the embedded demo model" if self.job.checkpoint.path == MODEL_DIR else str(self.job.checkpoint.path)
 
-    def _results(self, outcome: Outcome, proof: Proof) -> list[str]:
+    def _results(self, outcome: Outcome, proof: Proof, rows: list[dict[str, Any]]) -> list[str]:
         lines = []
         if outcome.before:
             lines.append(f"Before    {outcome.before.describe()}")
@@ -162,6 +177,8 @@ class Report:
                 kept = "kept in best/" if outcome.best_kept == outcome.best_step else "not kept"
                 lines.append(f"Best      validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, {kept}")
         lines.append(f"Frozen    {proof.describe()}")
+        if epochs := _epoch_seconds(rows, self.schedule.steps_per_epoch):
+            lines.append(f"Epochs    {', '.join(f'{seconds:.1f}' for seconds in epochs[:10])} s of training each")
         lines.append(
             f"Speed     {outcome.step} steps in {outcome.seconds:.1f} s "
             f"({outcome.wall_seconds:.1f} s with validating and saving), "
@@ -171,10 +188,17 @@ class Report:
 
     def _micro_batch(self) -> tuple[int, int]:
         """Tokens and targets in the largest micro-batch that can happen."""
-        count = self.train.micro_batch_size
+        count = self.job.train.micro_batch_size
         lengths = sorted((len(s.tokens) - 1 for s in self.samples.train), reverse=True)
         targets = sorted((int((s.labels[1:] != IGNORE).sum()) for s in self.samples.train), reverse=True)
         return min(count, len(lengths)) * lengths[0], sum(targets[:count])
+
+
+def _epoch_seconds(rows: list[dict[str, Any]], steps_per_epoch: int) -> list[float]:
+    """Training seconds of every whole epoch, from the rows of metrics.csv."""
+    until = {row["step"]: row["seconds"] for row in rows if row.get("seconds") is not None}
+    ends = [step for step in until if step % steps_per_epoch == 0]
+    return [until[step] - until.get(step - steps_per_epoch, 0.0) for step in ends]
 
 
 def draw_losses(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -3,12 +3,13 @@
 Every method comes through here; it brings its plan: what trains."""
 
 import random
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
 from litfreeze.checkpoint.merge import FoldedTensors, write_merged
@@ -17,18 +18,23 @@ from litfreeze.checkpoint.trained import Proof
 from litfreeze.data.prompt import Prompt
 from litfreeze.data.samples import Samples, load_samples
 from litfreeze.errors import RunError, UsageError
+from litfreeze.freeze.quantize import check_quantize, quantize_frozen
 from litfreeze.generate.sample import generate_tokens
 from litfreeze.model import GPT
 from litfreeze.outputs import BEST, FINAL, MERGED_BASE, claim, used
+from litfreeze.prefix.prefix import only_below
 from litfreeze.tokenizer import Tokenizer
+from litfreeze.train.feed import Feed
+from litfreeze.train.fused import FusedBackward, check_fused_backward
 from litfreeze.train.job import Job, Result
 from litfreeze.train.keep import Keeper
 from litfreeze.train.loop import Schedule, fit
 from litfreeze.train.loss import NextToken
 from litfreeze.train.monitor import Monitor
-from litfreeze.train.optim import build_optimizer
+from litfreeze.train.optim import build_optimizer, check_optimizer
 from litfreeze.train.outcome import Outcome
 from litfreeze.train.report import Exchange, Report
+from litfreeze.train.reuse import check_reuse, choose_reuse
 
 MAX_SEQ_LENGTH = 1024  # unless --data.max_seq_length says otherwise
 
@@ -38,6 +44,12 @@ def run(fabric: Fabric, job: Job) -> Result:
     if job.out_dir is not None and used(job.out_dir) and not job.resume:
         what = "already holds something" if job.out_dir.is_dir() else "is a file"
         raise UsageError(f"--out_dir {job.out_dir} {what}. Choose another, or move it away.")
+    check_optimizer(job.plan, job.train.optimizer, fabric.device)
+    if job.frozen.fused_backward:
+        check_fused_backward(job.train, job.precision.name, fabric.world_size)
+    if job.frozen.freeze_quantize:
+        check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device)
+    check_reuse(job.frozen, job.plan, fabric.device)
     fabric.seed_everything(job.seed, workers=False, verbose=False)
     tokenizer = job.checkpoint.tokenizer()
     prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
@@ -50,17 +62,22 @@ def run(fabric: Fabric, job: Job) -> Result:
     keeper = Keeper(job, out_dir, samples, schedule, saved_prompt)
     outcome, kept = keeper.point() if job.resume else (Outcome(), {})
 
-    report = Report(
-        job.checkpoint, job.plan, job.precision, job.train, samples, schedule, fabric.device, job.recipe, job.notes
-    )
+    report = Report(job, samples, schedule, fabric.device)
     monitor = Monitor(out_dir, schedule.max_steps, job.train.log_interval, fabric.global_rank, outcome.step)
     monitor.say(report.opening(prompt.style if prompted else None))
-    try:
-        gpt = load_model(job.checkpoint, lambda n: job.precision.kept(n in job.plan.trained))
-        job.plan.apply(gpt)
-        model = fabric.setup_module(NextToken(gpt))
+    with ExitStack() as to_close:
+        to_close.callback(monitor.close)
+        to_close.push(lambda kind, *_: monitor.say(keeper.stopped()) if kind is KeyboardInterrupt else None)
+        gpt = _load(fabric, job, monitor)
+        reuse = choose_reuse(fabric, job, gpt, samples, schedule, kept.get("cached"))
+        prefix = reuse.prefix
+        if prefix is not None:
+            to_close.callback(prefix.store.close)
+        monitor.say(report.arithmetic(reuse.told, reuse.size))
+        model = fabric.setup_module(NextToken(gpt, job.train.activation_checkpointing))
         plain = build_optimizer(gpt, job.plan, job.train, job.precision.name == "16-mixed")
         optimizer = fabric.setup_optimizers(plain)
+        fused = FusedBackward(plain) if job.frozen.fused_backward else None
         scaler = getattr(fabric.strategy.precision, "scaler", None)  # of 16-mixed
         exchange = Exchange.first(tokenizer, samples.val or samples.train)
         answer_length = job.eval.max_new_tokens
@@ -70,36 +87,67 @@ def run(fabric: Fabric, job: Job) -> Result:
             if scaler is not None:
                 scaler.load_state_dict(kept["scaler"])
             monitor.say(f"Resumed after step {outcome.step} of {schedule.max_steps}.")
-        else:
+        elif not job.frozen.stream_frozen:
             exchange.before = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
+        if job.frozen.stream_frozen:
+            prefix.fill_all(fabric.global_rank, fabric.world_size, fabric.barrier)
 
         def save(name: str, outcome: Outcome) -> Optional[Proof]:
             proof = None
             if fabric.is_global_zero and name in (BEST, FINAL):
                 proof = keeper.checkpoint(name, gpt, outcome)
             elif fabric.is_global_zero:
-                more = {"answer_before": exchange.before, "scaler": scaler and scaler.state_dict()}
+                more = {
+                    "answer_before": exchange.before,
+                    "scaler": scaler and scaler.state_dict(),
+                    "cached": prefix is not None,
+                }
                 keeper.interval(name, gpt, plain, outcome, more)
             return fabric.broadcast(proof)
 
+        # Under dropout records that share their beginning would share what is dropped of it
+        share = job.plan.lora is None or job.plan.lora.dropout == 0
+        feeds = [
+            Feed(fabric, samples.train, job.data, share, prefix),
+            Feed(fabric, samples.val, job.data, True, prefix),
+        ]
         outcome = fit(
-            fabric, model, optimizer, samples, schedule, job.train, job.eval, monitor, save, job.seed, outcome
+            fabric, model, optimizer, *feeds, schedule, job.train, job.eval, monitor, save, job.seed, outcome, fused
         )
-        exchange.after = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
+        if prefix is not None and prefix.store.full:
+            monitor.say(f"Cache     {prefix.store.full}: nothing more was kept, and what was missing ran again.")
+        plain.state.clear()  # makes room for the whole model, part of which may have left memory
+        plain.zero_grad()
+        if not job.frozen.stream_frozen:
+            if prefix is not None:
+                prefix.restore()
+            exchange.after = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
+        if prefix is not None:
+            prefix.release()
         proof = save(FINAL, outcome)
         if fabric.is_global_zero:
             keeper.done(outcome)
-    except KeyboardInterrupt:
-        monitor.say(keeper.stopped())
-        raise
-    finally:
-        monitor.close()
     if fabric.is_global_zero:
         report.write(out_dir, outcome, proof, exchange, monitor.rows)
-        monitor.say(report.closing(out_dir, outcome, proof, exchange))
+        monitor.say(report.closing(out_dir, outcome, proof, exchange, monitor.rows))
     if proof.frozen_that_changed:
         raise RunError(f"Frozen tensors changed, which is a fault of litfreeze's own; see {out_dir / 'report.md'}.")
     return Result(out_dir, out_dir / FINAL, outcome, proof)
+
+
+def _load(fabric: Fabric, job: Job, monitor: Monitor) -> GPT:
+    """The model as it will train: each weight in the dtype it is kept in, and requires_grad as the plan says."""
+    checkpoint, plan = job.checkpoint, job.plan
+    gpt = load_model(
+        checkpoint,
+        lambda name: job.precision.kept(name in plan.trained, checkpoint.dtype(name)),
+        job.precision.stream,
+        only_below(plan.config, plan.sizes, plan.lowest) if job.frozen.stream_frozen else (),
+    )
+    plan.apply(gpt)
+    if job.frozen.freeze_quantize:
+        monitor.say(f"Quantised {quantize_frozen(gpt, plan, job.frozen.freeze_quantize, fabric.device)}\n")
+    return gpt
 
 
 def _load_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:

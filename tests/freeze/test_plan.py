@@ -1,11 +1,15 @@
 """What a plan trains, by name; and that it is what the model and the optimizer then hold."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from litfreeze.attention import Dense
 from litfreeze.config import PRESETS, Config
+from litfreeze.data.batches import build_batch
+from litfreeze.data.samples import Sample
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import estimate_memory
@@ -20,6 +24,10 @@ from litfreeze.train.optim import build_optimizer
 
 TIED = Config.from_hf(PRESETS["demo"])
 UNTIED = Config.from_hf({**PRESETS["demo"], "tie_word_embeddings": False})
+
+
+def stored_in_fp32(_):
+    return torch.float32
 
 
 def in_blocks(plan, *layers):
@@ -154,11 +162,11 @@ def test_the_table_counts_every_parameter_once():
 def test_memory_of_a_plan_follows_what_trains():
     mixed = PRECISIONS["bf16-mixed"]
     two, all_ = (plan_from_words(TIED, w) for w in ("10,11", None))
-    small, large = (estimate_memory(plan, mixed, 1024, 1024) for plan in (two, all_))
+    small, large = (estimate_memory(plan, mixed, stored_in_fp32, 1024, 1024) for plan in (two, all_))
     assert small.gradients == 4 * two.n_trained and small.optimizer == 8 * two.n_trained
     assert small.weights == 4 * two.n_trained + 2 * (two.n_parameters - two.n_trained)
     assert small.activations < large.activations and small.total < large.total
-    first = estimate_memory(plan_from_words(TIED, "0"), mixed, 1024, 1024)
+    first = estimate_memory(plan_from_words(TIED, "0"), mixed, stored_in_fp32, 1024, 1024)
     assert first.activations > small.activations  # backward has to reach the bottom
 
 
@@ -189,9 +197,12 @@ def test_activations_are_about_what_autograd_keeps(precision, plan):
     if plan.lora is not None:
         add_lora(model, plan.lora)
     for name, p in model.named_parameters():
-        p.data = p.data.to(kept.kept(name in plan.trained))
+        p.data = p.data.to(kept.kept(name in plan.trained, torch.float32))
+    model.stream = kept.stream
     plan.apply(model)
-    tokens = torch.arange(4 * 256).view(4, 256) % 1000
+    tokens = (np.arange(4 * 257, dtype=np.int32) % 1000).reshape(4, 257)
+    samples = [Sample(row, row, "", (0, 257)) for row in tokens]
+    batch = build_batch(samples, [0, 1, 2, 3])
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, int] = {}
 
@@ -203,8 +214,8 @@ def test_activations_are_about_what_autograd_keeps(precision, plan):
 
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), mixed:
-        loss = NextToken(model)(tokens, tokens).loss
-    estimate = estimate_memory(plan, kept, tokens.numel(), tokens.numel()).activations
+        loss = NextToken(model)(batch).loss
+    estimate = estimate_memory(plan, kept, stored_in_fp32, 1024, 1024).activations
     assert estimate == pytest.approx(sum(seen.values()), rel=0.35), loss
 
 
@@ -214,5 +225,7 @@ def test_requires_grad_is_the_plans_alone():
     plan.apply(model)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"final_norm.weight"}
     model.logits(
-        model.run_blocks(model.embed_tokens(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)), torch.arange(3))
+        model.run_blocks(
+            model.embed_tokens(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)), torch.arange(3), Dense()
+        )
     )

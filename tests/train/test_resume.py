@@ -3,11 +3,13 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_optim import OPTIMIZERS
 
 from litfreeze.__main__ import main
 from litfreeze.data.args import DataArgs
@@ -15,6 +17,7 @@ from litfreeze.demo import TRAIN_FILE
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
+from litfreeze.freeze.args import FrozenArgs
 from litfreeze.train import loop
 from litfreeze.train.args import EvalArgs, TrainArgs
 
@@ -34,7 +37,9 @@ def records(tmp_path) -> Path:
     return tmp_path / "records.jsonl"
 
 
-def interrupt(method: str, run_dir: Path, records: Path, monkeypatch, at: int = 6, **words) -> None:
+def interrupt(
+    method: str, run_dir: Path, records: Path, monkeypatch, at: int = 6, train: TrainArgs = TRAIN, **words
+) -> None:
     """The run of `method`, which a Ctrl-C ends in the middle of step `at`."""
     script, own = METHODS[method]
     plain, taken = loop._step, []
@@ -47,7 +52,7 @@ def interrupt(method: str, run_dir: Path, records: Path, monkeypatch, at: int = 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "_step", step)
-        script(out_dir=run_dir, train=TRAIN, eval=EVAL, data=DataArgs(path=records), **{**own, **words})
+        script(out_dir=run_dir, train=train, eval=EVAL, data=DataArgs(path=records), **{**own, **words})
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -78,6 +83,20 @@ def test_a_resumed_run_ends_as_its_uninterrupted_twin(tmp_path, records, monkeyp
     assert not (cut / "resume").exists()
     names = [{path.name for path in folder.iterdir()} for folder in (cut, tmp_path / "whole")]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_so_it_does_with_every_optimizer(tmp_path, records, monkeypatch, optimizer, fused):
+    train = replace(TRAIN, optimizer=optimizer, global_batch_size=8, max_norm=None)
+    words = {"eval": EVAL, "data": DataArgs(path=records), **METHODS["full"][1]}
+    finetune_full(out_dir=tmp_path / "whole", train=train, **words)
+    frozen = FrozenArgs(fused_backward=fused)
+    interrupt("full", tmp_path / "cut", records, monkeypatch, train=train, frozen=frozen)
+    finetune_full(resume=tmp_path / "cut")
+    ours, twins = (weights(tmp_path / name / "final") for name in ("cut", "whole"))
+    assert set(ours) == set(twins) and all(torch.equal(ours[name], twins[name]) for name in twins)
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
 
 
 def test_the_newest_run_is_found_and_paths_are_meant_from_where_it_began(tmp_path, records, monkeypatch, capsys):

@@ -4,19 +4,23 @@ import csv
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.fabric import Fabric
-from lightning.fabric.plugins import MixedPrecision
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.data.args import DataArgs
+from litfreeze.data.batches import build_batch
+from litfreeze.data.samples import Sample
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import RunError, UsageError
 from litfreeze.finetune.full import setup as finetune_full
+from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.words import plan_from_words
 from litfreeze.precision import PRECISIONS
 from litfreeze.train.args import EvalArgs, TrainArgs
@@ -62,10 +66,11 @@ def test_frozen_weights_exist_once_and_masters_only_for_what_trains():
     checkpoint = open_checkpoint(MODEL_DIR)
     plan = plan_from_words(checkpoint.config, "10,11")
     for name, kept in PRECISIONS.items():
-        model = load_model(checkpoint, lambda n, kept=kept: kept.kept(n in plan.trained))
+        model = load_model(checkpoint, lambda n, kept=kept: kept.kept(n in plan.trained, checkpoint.dtype(n)))
         plan.apply(model)
         for parameter_name, p in model.named_parameters():
-            assert p.dtype == (kept.trained if parameter_name in plan.trained else kept.frozen), name
+            frozen = torch.bfloat16 if name == "32-true" else kept.frozen  # stays as it is stored
+            assert p.dtype == (kept.trained if parameter_name in plan.trained else frozen), name
             assert p.requires_grad == (parameter_name in plan.trained)
         assert model.head.weight is model.embed.weight
 
@@ -203,7 +208,7 @@ def test_loss_scaling_trains_and_clips():
     checkpoint = open_checkpoint(MODEL_DIR)
     plan = plan_from_words(checkpoint.config, "11")
     kept = PRECISIONS["16-mixed"]
-    gpt = load_model(checkpoint, lambda n: kept.kept(n in plan.trained))
+    gpt = load_model(checkpoint, lambda n: kept.kept(n in plan.trained, checkpoint.dtype(n)), kept.stream)
     plan.apply(gpt)
     fabric = Fabric(
         accelerator="cpu",
@@ -212,13 +217,30 @@ def test_loss_scaling_trains_and_clips():
     model = fabric.setup_module(NextToken(gpt))
     optimizer = fabric.setup_optimizers(build_optimizer(gpt, plan, replace(FEW, lr=1e-3), scaled=True))
     before = gpt.blocks[11].mlp.up_proj.weight.clone()
-    tokens = torch.arange(20)[None] + 10
+    tokens = np.arange(21, dtype=np.int32) + 10
+    batch = build_batch([Sample(tokens, tokens, "", (0, 21))], [0])
     for _ in range(3):
-        fabric.backward(model(tokens, tokens.roll(-1, 1)).loss)
+        fabric.backward(model(batch).loss)
         fabric.clip_gradients(model, optimizer, max_norm=1.0, error_if_nonfinite=False)
         optimizer.step()
         optimizer.zero_grad()
     assert not torch.equal(before, gpt.blocks[11].mlp.up_proj.weight)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    plain, again = (
+        run(tmp_path / str(flag), replace(FEW, activation_checkpointing=flag), trainable_layers="3,7")
+        for flag in (False, True)
+    )
+    assert plain.outcome.after == again.outcome.after
+    assert all(torch.equal(saved(plain)[name], saved(again)[name]) for name in BASE)
+
+
+def test_a_second_run_finds_what_the_first_one_kept(tmp_path, capsys):
+    frozen = FrozenArgs(cache="disk", cache_dir=tmp_path / "cache")
+    for name, known in (("first", False), ("second", True)):
+        run(tmp_path / name, replace(FEW, lr=2e-3), trainable_layers="11", frozen=frozen)
+        assert ("records known" in capsys.readouterr().out) == known
 
 
 def test_it_stops_when_the_time_is_up(tmp_path):
@@ -256,6 +278,9 @@ def test_a_used_out_dir_is_refused_and_the_default_is_always_new(tmp_path, monke
         ({"data": DataArgs(max_seq_length=4096)}, "512 positions"),
         ({"train": TrainArgs(max_steps=3, lr_warmup_steps=4)}, "longer than the run"),
         ({"data": DataArgs(val_split_fraction=0), "eval": EvalArgs(patience=2)}, "need validation records"),
+        ({"frozen": FrozenArgs(stream_frozen=True)}, "the embedding trains, so nothing below it is frozen"),
+        ({"frozen": FrozenArgs(cache="gpu"), "accelerator": "cpu"}, "this run is on the CPU"),
+        ({"frozen": FrozenArgs(fused_backward=True)}, "clipping needs all gradients"),
         ({"save": "delta"}, "everything trains, so that a delta would be the whole"),
         ({"data": DataArgs(val_split_fraction=0.2, val_path=VAL_FILE)}, "keep one"),
     ],

@@ -1,0 +1,42 @@
+"""The options that say how a run is made cheap. No heavy import: the command line reads this file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, Optional, Union
+
+from litfreeze.errors import UsageError
+from litfreeze.sizes import parse_size
+
+
+@dataclass
+class FrozenArgs:
+    """What makes a run cheap, most of it for what is frozen. None of it but freeze_quantize changes what is learned.
+
+    Args:
+        cache: Keep what comes out of the blocks below the lowest trained one, so that they run once per record: on
+            disk, in ram, on the gpu, or off; auto is disk where it is exact and pays.
+        cache_dir: Where such activations are kept for later runs; by default ~/.cache/litprefix/prefix.
+        cache_limit: Size that folder may reach; what was not used for longest goes first.
+        cache_dtype: Keep activations in this dtype; auto is the one they are computed in, which is exact.
+        stream_frozen: Fill the cache before training, with one frozen block in memory at a time, for models that are
+            larger than memory. The samples before and after training are then left out.
+        fused_backward: Step each parameter inside of backward, as soon as its gradient is there, so that gradients do
+            not exist all at once. Needs --train.max_norm null and steps of one micro-batch on one process.
+        freeze_quantize: Keep frozen linear weights, from the lowest trained block up, in int8 or nf4 while training.
+            Checkpoints have them as they are in the base. Needs bitsandbytes.
+    """
+
+    flat: ClassVar[bool] = True  # on the command line these options have no group's name before them
+
+    cache: Literal["auto", "disk", "ram", "gpu", "off"] = "auto"
+    cache_dir: Optional[Path] = None
+    cache_limit: Union[int, str] = "50GB"
+    cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    stream_frozen: bool = False
+    fused_backward: bool = False
+    freeze_quantize: Optional[Literal["int8", "nf4"]] = None
+
+    def __post_init__(self) -> None:
+        parse_size(self.cache_limit)
+        if self.stream_frozen and self.cache == "off":
+            raise UsageError("--stream_frozen fills the cache, and --cache off has none. Leave one of them out.")

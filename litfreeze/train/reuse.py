@@ -1,0 +1,157 @@
+"""Whether a run keeps what comes out of its frozen prefix, where, and why not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+from lightning_fabric import Fabric
+
+from litfreeze.checkpoint.tensors import sha256
+from litfreeze.data.batches import epoch_order
+from litfreeze.data.samples import Sample, Samples
+from litfreeze.errors import UsageError
+from litfreeze.freeze.args import FrozenArgs
+from litfreeze.freeze.layers import format_layers
+from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.savings import READS, WRITES, Rows, matmul_rate, work
+from litfreeze.model import GPT
+from litfreeze.prefix.folder import default_cache_dir, make_room
+from litfreeze.prefix.prefix import Prefix, prefix_key, prefix_names
+from litfreeze.prefix.store import ActivationStore
+from litfreeze.sizes import megabytes, parse_size
+from litfreeze.train.job import Job
+from litfreeze.train.loop import Schedule
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What was decided: a prefix, or none, and the words for it; how many bytes are kept."""
+
+    prefix: Optional[Prefix]
+    told: str
+    size: Optional[int] = None
+
+
+def check_reuse(frozen: FrozenArgs, plan: FreezePlan, device: torch.device) -> None:
+    """Raises UsageError for options that ask for what this plan or this device does not have."""
+    if frozen.cache == "gpu" and device.type == "cpu":
+        raise UsageError("--cache gpu: this run is on the CPU. Choose ram or disk.")
+    if frozen.stream_frozen and plan.lowest <= 0:
+        raise UsageError(f"--stream_frozen: {_nothing_below(plan)}. Leave it out, or train higher layers only.")
+
+
+def choose_reuse(
+    fabric: Fabric, job: Job, gpt: GPT, samples: Samples, schedule: Schedule, before: Optional[bool] = None
+) -> Reuse:
+    """Opens the cache of this run's frozen prefix, if keeping it is wanted, exact and pays.
+
+    It pays if the arithmetic it spares takes longer than writing and reading what is kept; a run that goes on does as
+    it did `before`, whatever a clock says now, so that it stays its twin to the bit. Raises UsageError for a folder
+    that cannot be used, or has no room for what --stream_frozen has to keep."""
+    reuse = _choose(fabric, job, gpt, samples, schedule, before)
+    if job.frozen.stream_frozen and reuse.prefix is None:
+        raise UsageError(f"--stream_frozen needs the cache, which is {reuse.told}")
+    return reuse
+
+
+def _nothing_below(plan: FreezePlan) -> str:
+    return f"{'the embedding' if plan.lowest < 0 else 'block 0'} trains, so nothing below it is frozen"
+
+
+def _choose(fabric: Fabric, job: Job, gpt: GPT, samples: Samples, schedule: Schedule, before: Optional[bool]) -> Reuse:
+    frozen, stop = job.frozen, job.plan.lowest
+    if frozen.cache == "auto" and before is False:
+        return Reuse(None, "off, as before the interruption.")
+    if frozen.cache == "off":
+        return Reuse(None, "off: --cache off.")
+    if stop <= 0:
+        return Reuse(None, f"off: {_nothing_below(job.plan)}.")
+    dtype = job.precision.stream if frozen.cache_dtype == "auto" else getattr(torch, frozen.cache_dtype)
+    store, place = _open_store(job, gpt, fabric.device, dtype)
+    # Those that the run gets to, in the order in which it needs them first, each process's own together
+    order = epoch_order(len(samples.train), job.seed, 0)[: schedule.max_steps * job.train.global_batch_size]
+    first = [samples.train[i] for rank in range(fabric.world_size) for i in order[rank :: fabric.world_size]]
+    records = list({sample.digest: sample for sample in first + samples.val}.values())
+    missing = [record for record in records if record.digest not in store]
+    every, lacks = (_bytes_of(part, gpt.config.n_embd * dtype.itemsize) for part in (records, missing))
+    saved, cost = fabric.broadcast(_seconds(fabric.device, job, samples, schedule, every, lacks))
+    doubtful = frozen.cache == "auto" and not before and not frozen.stream_frozen and len(missing) == len(records)
+    why = _no_room(job, store, every, lacks)
+    if not why and doubtful and saved <= cost:
+        why = f"it would {_weighed(saved, cost)} (--cache disk insists)."
+    if why:
+        store.close()
+        return Reuse(None, f"off: {why}")
+    prefix = Prefix(
+        gpt,
+        stop,
+        store,
+        records,
+        lambda name: job.checkpoint.read(name).to(job.precision.kept(False, job.checkpoint.dtype(name))).contiguous(),
+        fabric.autocast,
+        together=fabric.world_size > 1,
+        streamed=frozen.stream_frozen,
+    )
+    below = f"block{'s' * (stop > 1)} {format_layers(list(range(stop)))}"
+    known = len(records) - len(missing)
+    told = [
+        f"{below} and what is below run once per record: {megabytes(every)} kept {place}",
+        *([f"{known:,} of {len(records):,} records known"] if known else []),
+    ]
+    return Reuse(prefix, f"{', '.join(told)}.\nExpected to {_weighed(saved, cost)}.", every)
+
+
+def _weighed(saved: float, cost: float) -> str:
+    return f"save {saved:.1f} s of arithmetic in this run and cost {cost:.1f} s of reading and writing"
+
+
+def _open_store(job: Job, gpt: GPT, device: torch.device, dtype: torch.dtype) -> tuple[ActivationStore, str]:
+    """The store, and where it is."""
+    kind, stop, checkpoint = job.frozen.cache, job.plan.lowest, job.checkpoint
+    width = gpt.config.n_embd
+    if kind in ("ram", "gpu"):
+        at = device if kind == "gpu" else "cpu"
+        return ActivationStore(None, kind, width, dtype, device=at), "in memory" if kind == "ram" else "on the GPU"
+    root = _root(job)
+    names = prefix_names(checkpoint.layout(), stop)
+    hashes = {n: f"{checkpoint.dtype(n)} {sha256(checkpoint.read(n), checkpoint.dtype(n))}" for n in names}
+    key = prefix_key(gpt.config, stop, hashes, job.precision, device, dtype)
+    about = {"model": checkpoint.path.resolve().name, "layers": f"0-{stop - 1}", "precision": job.precision.name}
+    return ActivationStore(root, key, width, dtype, about), f"in {root / key[:12]}…"
+
+
+def _no_room(job: Job, store: ActivationStore, every: int, lacks: int) -> str:
+    """Why the `lacks` bytes that are not known yet, of `every`, cannot be kept; empty if they can. Older caches make
+    room."""
+    if store.folder is None:
+        return ""
+    limit = parse_size(job.frozen.cache_limit)
+    if every > limit:
+        return f"it would take {megabytes(every)}, more than --cache_limit {job.frozen.cache_limit}."
+    if not make_room(_root(job), lacks, limit, store.key):
+        return f"it would take {megabytes(lacks)} more, and {_root(job)} has no room (see litfreeze cache rm)."
+    return ""
+
+
+def _root(job: Job) -> Path:
+    return (job.frozen.cache_dir or default_cache_dir()).expanduser()
+
+
+def _bytes_of(samples: list[Sample], row: int) -> int:
+    return row * sum(len(sample.tokens) - 1 for sample in samples)
+
+
+def _seconds(
+    device: torch.device, job: Job, samples: Samples, schedule: Schedule, every: int, lacks: int
+) -> tuple[float, float]:
+    """What keeping it saves and costs in this run, by this machine's rate of matrix products and a slow disk's. Of the
+    `every` bytes, `lacks` are to be made."""
+    validations = job.eval.initial_validation + schedule.max_steps / schedule.eval_interval
+    count = len(samples.train) + len(samples.val)
+    flops = read = 0.0
+    for part, passes in ((samples.train, schedule.epochs), (samples.val, validations)):
+        spared = max(0.0, passes - lacks / max(1, every))
+        flops += spared * work(job.plan, Rows.of(part)).prefix
+        read += spared * every * len(part) / max(1, count)
+    return flops / matmul_rate(device, job.precision.compute), lacks / WRITES + read / READS
