@@ -26,7 +26,7 @@ from litfreeze.precision import Precision
 from litfreeze.prefix.store import ActivationStore
 
 FORMAT = 1  # goes up when what is computed, or how it is stored, changes
-AT_ONCE = 4096  # tokens that run through the prefix together
+AT_ONCE = 2048  # tokens that run through the prefix together
 
 
 class Prefix:

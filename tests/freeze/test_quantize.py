@@ -279,6 +279,7 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
         check_quantize(plan_from_words(DEMO.config, "0", "mlp"), "nf4", CPU)
 
 
-def test_a_device_on_which_it_does_not_run_is_refused():
+def test_a_device_on_which_it_does_not_run_is_refused(monkeypatch):
+    monkeypatch.setattr("bitsandbytes.functional.name2qmap", {})  # it keeps a table on the first device it meets
     with pytest.raises(UsageError, match="--freeze_quantize nf4: bitsandbytes does not run on meta here"):
         check_quantize(plan_from_words(DEMO.config, "0", "mlp"), "nf4", torch.device("meta"))
