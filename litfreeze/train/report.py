@@ -195,10 +195,10 @@ class Report:
 
 
 def _epoch_seconds(rows: list[dict[str, Any]], steps_per_epoch: int) -> list[float]:
-    """Training seconds of every whole epoch, from the rows of metrics.csv."""
-    until = {row["step"]: row["seconds"] for row in rows if row.get("seconds") is not None}
-    ends = [step for step in until if step % steps_per_epoch == 0]
-    return [until[step] - until.get(step - steps_per_epoch, 0.0) for step in ends]
+    """Training seconds of every whole epoch, from the rows of metrics.csv: of those whose two ends were logged."""
+    until = {0: 0.0} | {row["step"]: row["seconds"] for row in rows if row.get("seconds") is not None}
+    ends = [step for step in until if step % steps_per_epoch == 0 and step - steps_per_epoch in until]
+    return [until[step] - until[step - steps_per_epoch] for step in ends]
 
 
 def draw_losses(path: Path, rows: list[dict[str, Any]]) -> None:

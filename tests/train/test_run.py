@@ -243,6 +243,18 @@ def test_a_second_run_finds_what_the_first_one_kept(tmp_path, capsys):
         assert ("records known" in capsys.readouterr().out) == known
 
 
+def test_seconds_are_told_of_epochs_whose_ends_were_logged(tmp_path, capsys):
+    data = DataArgs(path=TRAIN_FILE, val_split_fraction=0)
+    few = replace(FEW, max_steps=None, epochs=3, global_batch_size=60, micro_batch_size=20)  # 5 steps each
+    told = {}
+    for interval in (1, 10):
+        run(tmp_path / str(interval), replace(few, log_interval=interval), trainable_layers="11", data=data)
+        lines = capsys.readouterr().out.splitlines()
+        told[interval] = [line.count(", ") + 1 for line in lines if line.startswith("Epochs")]
+    # Steps 10 and 15 are logged: of the third epoch both ends, of the first and the second only one
+    assert told == {1: [3], 10: [1]}
+
+
 def test_it_stops_when_the_time_is_up(tmp_path):
     result = run(tmp_path / "run", replace(FEW, max_steps=100000, max_time="1s"), trainable_layers="11")
     assert 0 < result.outcome.step < 100000 and "max_time" in result.outcome.stopped
