@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -47,6 +48,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.places: dict[str, tuple[int, int]] = {}  # of a .safetensors: first byte of a tensor, and how many
         self.unpickled: dict[str, Tensor] = {}  # of a .bin: mapped, and what was read of it
         self.touched = 0
         if not path.is_file():
@@ -57,10 +59,13 @@ class TensorFile:
             raise UsageError(f"{path} is truncated or no safetensors file ({error}). Download it again.") from None
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU, mapped (changing it in memory leaves the file alone)."""
+        """The tensor `name`, on the CPU, mapped (changing it in memory leaves the file alone). It has a mapping of its
+        own, so that letting go of it frees what of it was touched."""
         if self.path.suffix == ".safetensors":
-            with safe_open(self.path, framework="pt") as file:
-                return file.get_tensor(name)
+            (dtype, shape), (start, size) = self.layout[name], self.places[name]
+            if size == 0:
+                return torch.empty(shape, dtype=dtype)
+            return torch.from_numpy(np.memmap(self.path, np.uint8, "c", start, (size,))).view(dtype).view(shape)
         # Unpickling takes a while, so it serves several tensors; what they read stays in memory until the next time.
         # Each is handed out once: whoever has it may change it
         if name not in self.unpickled or self.touched > PIECE:
@@ -78,6 +83,12 @@ class TensorFile:
                         f"{self.path}: {name} is stored as {part.get_dtype()}, which litfreeze cannot use."
                     )
                 layout[name] = DTYPES[part.get_dtype()], tuple(part.get_shape())
+        with self.path.open("rb") as file:  # the library has checked the header, but tells no places
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        for name in layout:
+            start, stop = header[name]["data_offsets"]
+            self.places[name] = 8 + length + start, stop - start
         return layout
 
     def _pickle_layout(self) -> Layout:

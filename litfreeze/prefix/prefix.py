@@ -3,14 +3,16 @@
 What comes out of it, rows (T, C) of the residual stream, is kept by an `ActivationStore` under the hash of the record's
 tokens. The store's key is a hash of all else that decides those rows, so that a wrong hit cannot be."""
 
+import ctypes
 import hashlib
 import json
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from itertools import accumulate
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +35,8 @@ class Prefix:
     """The embedding and blocks 0 … `stop`-1 of `gpt`, for the records of a run.
 
     Records run through it in groups of about `AT_ONCE` tokens, neighbours in `samples`: whoever needs one of them
-    first, it is made together with the same others, and so to the same bits. When all are known the weights leave
-    memory; they come back if a record is needed again.
+    first, it is made together with the same others, and so to the same bits. On a processor the weights are in memory
+    one block at a time, on a GPU until all records are known; they come back if a record is needed again.
 
     Args:
         store: Keeps what was computed.
@@ -42,7 +44,7 @@ class Prefix:
         read: Gives a weight of the model by name, mapped from its file and in the dtype it is kept in.
         mode: The context that the model computes in (autocast).
         together: Other processes fill the same store, so that what is made is written at once.
-        streamed: `gpt` came without these weights, which are in memory one block at a time."""
+        streamed: `gpt` came without these weights."""
 
     def __init__(
         self,
@@ -119,9 +121,38 @@ class Prefix:
             self._bring(self.names)
         self.released = False
 
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Within it the whole model runs as any other: each block brings its weights on a processor, where they are
+        but mapped, and lets go of them; on a GPU all come back."""
+        if not self._by_block:
+            self.restore()
+            yield
+            return
+        self.release()
+        hooks = []
+        for i, block in enumerate(self.gpt.blocks[: self.stop]):
+            own = self._names_of(i)
+            hooks.append(block.register_forward_pre_hook(lambda *_, own=own: self._bring(own)))
+            hooks.append(block.register_forward_hook(lambda *_, own=own: self._let_go(own)))
+        self._bring(self._names_of(None))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._let_go(self.names)
+
     def lacks(self, samples: list[Sample]) -> bool:
         """Whether one of `samples` is unknown."""
         return any(sample.digest in self.unknown for sample in samples)
+
+    @property
+    def _by_block(self) -> bool:
+        return self.streamed or self.gpt.final_norm.weight.device.type == "cpu"
+
+    def _names_of(self, block: Optional[int]) -> list[str]:
+        return [name for name in self.names if block_of(name) == block]
 
     def _unknown_of(self, group: int) -> list[Sample]:
         return [sample for sample in self.groups[group] if sample.digest in self.unknown]
@@ -136,19 +167,21 @@ class Prefix:
         what the last group gave."""
         batches = [build_batch(group, list(range(len(group)))) for group in groups]
         made: dict[bytes, Tensor] = {}
-        if not self.streamed:
+        if not self._by_block:
             self.restore()
             for batch, group in zip(batches, groups, strict=True):
                 made = self._keep(batch, group, self._run(batch, self._embed(batch), 0, self.stop))
             return made
+        self.release()
         with Scratch(batches, self.gpt.config.n_embd, self.gpt.stream) as scratch:
             for i in (None, *range(self.stop)):
-                own = [name for name in self.names if block_of(name) == i]
+                own = self._names_of(i)
                 self._bring(own)
                 scratch.each(lambda b, x, i=i: self._embed(b) if i is None else self._run(b, x, i, i + 1))
                 self._let_go(own)
             for j, (batch, group) in enumerate(zip(batches, groups, strict=True)):
                 made = self._keep(batch, group, scratch.read(j))
+        _trim()
         return made
 
     def _embed(self, batch: Batch) -> Tensor:
@@ -218,6 +251,12 @@ class Scratch:
             after = work(batch, self.read(j)).cpu()
             self.file.seek(self.starts[j])
             self.file.write(as_bytes(after).numpy())
+
+
+def _trim() -> None:
+    """Gives back to the system what large products took for a moment; glibc would keep it."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def prefix_names(names: Iterable[str], stop: int) -> list[str]:

@@ -3,7 +3,7 @@
 Every method comes through here; it brings its plan: what trains."""
 
 import random
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Optional
@@ -88,7 +88,8 @@ def run(fabric: Fabric, job: Job) -> Result:
                 scaler.load_state_dict(kept["scaler"])
             monitor.say(f"Resumed after step {outcome.step} of {schedule.max_steps}.")
         elif not job.frozen.stream_frozen:
-            exchange.before = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
+            with prefix.at_hand() if prefix else nullcontext():
+                exchange.before = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
         if job.frozen.stream_frozen:
             prefix.fill_all(fabric.global_rank, fabric.world_size, fabric.barrier)
 
@@ -119,9 +120,8 @@ def run(fabric: Fabric, job: Job) -> Result:
         plain.state.clear()  # makes room for the whole model, part of which may have left memory
         plain.zero_grad()
         if not job.frozen.stream_frozen:
-            if prefix is not None:
-                prefix.restore()
-            exchange.after = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
+            with prefix.at_hand() if prefix else nullcontext():
+                exchange.after = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
         if prefix is not None:
             prefix.release()
         proof = save(FINAL, outcome)
