@@ -15,7 +15,7 @@ class FrozenArgs:
     Args:
         cache: Keep what comes out of the blocks below the lowest trained one, so that they run once per record: on
             disk, in ram, on the gpu, or off; auto is disk where it is exact and pays.
-        cache_dir: Where such activations are kept for later runs; by default ~/.cache/litprefix/prefix.
+        cache_dir: Where such activations are kept for later runs; by default ~/.cache/litfreeze/prefix.
         cache_limit: Size that folder may reach; what was not used for longest goes first.
         cache_dtype: Keep activations in this dtype; auto is the one they are computed in, which is exact.
         stream_frozen: Fill the cache before training, with one frozen block in memory at a time, for models that are

@@ -41,7 +41,7 @@ class CacheEntry:
 
 
 def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/litprefix/prefix, or ~/.cache/litprefix/prefix."""
+    """$XDG_CACHE_HOME/litfreeze/prefix, or ~/.cache/litfreeze/prefix."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litfreeze" / "prefix"
 
 

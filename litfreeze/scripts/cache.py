@@ -10,7 +10,7 @@ def ls(cache_dir: Optional[Path] = None) -> None:
     """List what finetune has kept of frozen blocks, the last used first.
 
     Args:
-        cache_dir: The folder it is kept in; by default ~/.cache/litprefix/prefix.
+        cache_dir: The folder it is kept in; by default ~/.cache/litfreeze/prefix.
     """
     import time
 
@@ -42,7 +42,7 @@ def rm(keys: str, cache_dir: Optional[Path] = None) -> None:
 
     Args:
         keys: The beginning of a key that `litfreeze cache ls` shows, or several as a,b; or all.
-        cache_dir: The folder they are kept in; by default ~/.cache/litprefix/prefix.
+        cache_dir: The folder they are kept in; by default ~/.cache/litfreeze/prefix.
     """
     from litfreeze.errors import RunError
     from litfreeze.prefix.folder import default_cache_dir, list_caches, remove
