@@ -84,7 +84,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        drops = self.training and self.dropout > 0
+        drops = self.training and self.dropout > 0 and self.lora_A.requires_grad  # a frozen adapter is as in use
         dropped = F.dropout(x, self.dropout) if drops else x
         update = F.linear(self.scale * F.linear(dropped, self.lora_A), self.lora_B)  # (..., out)
         if self.lora_magnitude is None:

@@ -3,7 +3,7 @@
 Kept in `resume/` inside a run's folder, replaced whole every `--train.save_interval` steps, gone when it is done."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,16 @@ STATE, FACTS = "state", "resume.json"
 WEIGHT = "weight"  # beside the optimizers' own words: exp_avg, exp_avg_sq, step; momentum_buffer; state1, absmax1, ...
 
 
-def write_resume(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
-    """Saves what `optimizer` trains of `model`, in the dtypes it trains in, its state, and `facts` (JSON)."""
-    tensors = _tensors(model, optimizer)
+def write_resume(
+    run_dir: Path,
+    model: nn.Module,
+    names: Collection[str],
+    optimizer: torch.optim.Optimizer,
+    facts: Mapping[str, Any],
+) -> None:
+    """Saves the parameters `names` of `model`, all that has trained, in the dtypes it trained in, the state of those
+    that `optimizer` holds, and `facts` (JSON)."""
+    tensors = _tensors(model, names, optimizer)
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
     def write(place: Path) -> None:
@@ -61,10 +68,10 @@ def read_facts(run_dir: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def restore(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(run_dir: Path, model: nn.Module, names: Collection[str], optimizer: torch.optim.Optimizer) -> None:
     """Puts the saved weights and state back. Raises UsageError if a tensor is missing, or of another shape."""
     file = _state_file(run_dir)
-    weights = _trained(model, optimizer)
+    weights = _named(model, names)
     kinds: dict[str, list[str]] = {name: [] for name in weights}
     for name in file.layout:
         kind, _, parameter = name.partition(".")
@@ -85,25 +92,25 @@ def restore(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
                     state[kind] = tensor
                 else:
                     state[kind] = tensor.to(weight.device)
-        optimizer.state[weight] = state
+        if state:
+            optimizer.state[weight] = state
 
 
 def _state_file(run_dir: Path) -> TensorFile:
     return TensorFile(run_dir / RESUME / f"{STATE}.safetensors")
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, names: Collection[str], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
-    for name, weight in _trained(model, optimizer).items():
+    for name, weight in _named(model, names).items():
         tensors[f"{WEIGHT}.{name}"] = weight.detach()
-        state = optimizer.state[weight].items()  # its values are tensors; bitsandbytes counts steps by a plain number
+        state = optimizer.state.get(weight, {}).items()  # tensors; bitsandbytes counts steps by a plain number
         tensors |= {f"{kind}.{name}": torch.as_tensor(value) for kind, value in state}
     return tensors
 
 
-def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in held}
+def _named(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
 
 def _on_device(optimizer: torch.optim.Optimizer) -> bool:

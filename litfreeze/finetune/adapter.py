@@ -8,7 +8,7 @@ from litfreeze.checkpoint.merge import fold
 from litfreeze.errors import UsageError
 from litfreeze.freeze.layers import format_layers, parse_layers
 from litfreeze.freeze.plan import FreezePlan, block_of
-from litfreeze.freeze.words import adapter_targets, weights_in_full
+from litfreeze.freeze.words import adapter_targets, thawing_layers, weights_in_full
 from litfreeze.lora import LoRA, fresh_tensors, grown_tensors, linear_layers
 
 FRESH = {"lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05, "use_rslora": False, "use_dora": False}
@@ -22,6 +22,10 @@ def begin(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, Fre
 
     Raises UsageError for settings out of range, and for those that contradict a given adapter."""
     _check_ranges(options)
+    if (layers := thawing_layers(opened.config.n_layer, options.thaw)) is not None:
+        if options.trainable_layers is not None:
+            raise UsageError("--unfreeze and --trainable_layers both say which blocks train; keep one of them.")
+        options = SimpleNamespace(**{**vars(options), "trainable_layers": layers})
     if opened.lora is None:
         for name in ("merge_first", "lora_resize"):
             if getattr(options, name):

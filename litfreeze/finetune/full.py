@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
-from litfreeze.freeze.args import FrozenArgs
+from litfreeze.freeze.args import FrozenArgs, ThawArgs
 from litfreeze.freeze.layers import Layers, Names
 from litfreeze.train.args import EvalArgs, TrainArgs
 
@@ -27,6 +27,7 @@ def setup(
     data: DataArgs = DataArgs(),
     train: TrainArgs = TrainArgs(),
     eval: EvalArgs = EvalArgs(),
+    thaw: ThawArgs = ThawArgs(),
     frozen: FrozenArgs = FrozenArgs(),
     precision: Optional[Precision] = None,
     save: Literal["full", "delta", "both"] = "full",
@@ -55,6 +56,7 @@ def setup(
         data: The records to learn from.
         train: How long and how fast to train.
         eval: When to measure.
+        thaw: When blocks train.
         frozen: How what is frozen is made cheap.
         precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
         save: The final checkpoint as a whole, as a delta (only what trained, over its base), or as both. What is saved
@@ -91,6 +93,7 @@ def setup(
         freeze_trainable_modules=o.freeze_trainable_modules,
         freeze_extra_modules=o.freeze_extra_modules,
         freeze_trainable_layers_ids=o.freeze_trainable_layers_ids,
+        thaw=o.thaw,
     )
     if o.save != "full" and plan.trained == set(plan.sizes):
         raise UsageError(f"--save {o.save}: everything trains, so that a delta would be the whole. Name some layers.")

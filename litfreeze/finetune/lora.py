@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
-from litfreeze.freeze.args import FrozenArgs
+from litfreeze.freeze.args import FrozenArgs, ThawArgs
 from litfreeze.freeze.layers import Layers, Names
 from litfreeze.train.args import EvalArgs, TrainArgs
 
@@ -34,6 +34,7 @@ def setup(
     data: DataArgs = DataArgs(),
     train: TrainArgs = TrainArgs(),
     eval: EvalArgs = EvalArgs(),
+    thaw: ThawArgs = ThawArgs(),
     frozen: FrozenArgs = FrozenArgs(),
     precision: Optional[Precision] = None,
     accelerator: str = "auto",
@@ -70,6 +71,7 @@ def setup(
         data: The records to learn from.
         train: How long and how fast to train.
         eval: When to measure.
+        thaw: When blocks train.
         frozen: How what is frozen is made cheap.
         precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
         accelerator: cpu, cuda, mps or auto.

@@ -17,6 +17,7 @@ from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_DEFAULTS, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import UsageError
 from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.words import thawing_from_words
 from litfreeze.launch import build_fabric, launch
 from litfreeze.outputs import last_resumable
 from litfreeze.train.args import TrainArgs
@@ -45,18 +46,18 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
     for name in ("path", "val_path"):
         setattr(own["data"], name, getattr(own["data"], name) and folder / getattr(own["data"], name))
     defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
-    changed = _leaves(_changed(vars(given), defaults))
-    frozen = changed.pop("frozen", {})
-    own["frozen"], before = replace(own["frozen"], **frozen), own["frozen"]
-    if own["frozen"].freeze_quantize != before.freeze_quantize:  # the one of them that changes what is learned
-        raise UsageError(_ELSEWISE.format("freeze_quantize", frozen["freeze_quantize"], before.freeze_quantize))
+    changed = _leaves(_changed(vars(given), defaults), defaults)
+    group_of = {leaf: name for name, value in own.items() for leaf in _leaves({name: _fields(value)}, defaults)}
     for name, value in changed.items():
-        group, _, leaf = name.rpartition(".")
-        if name in (*DEVICES, "base_dir"):
-            own[name] = value
-        elif name in ("data.path", "data.val_path"):  # where it lies may change; what it holds is compared
+        group, leaf = group_of[name], name.rpartition(".")[2]
+        kept = getattr(own[group], leaf) if is_dataclass(own[group]) else own[name]
+        if name in ("data.path", "data.val_path"):  # where it lies may change; what it holds is compared
             setattr(own["data"], leaf, Path(value))
-        elif name != "resume" and str(value) != str(kept := getattr(own[group], leaf) if group else own[name]):
+        elif group == "frozen" and name != "freeze_quantize":  # nothing of it changes what is learned
+            own["frozen"] = replace(own["frozen"], **{name: value})
+        elif name in (*DEVICES, "base_dir"):
+            own[name] = value
+        elif name != "resume" and str(value) != str(kept):
             raise UsageError(_ELSEWISE.format(name, value, kept))
     return SimpleNamespace(**{**own, "out_dir": run_dir, "resume": run_dir})
 
@@ -96,6 +97,7 @@ def start(
         seed=options.seed,
         recipe=recipe_yaml(script, {**vars(options), "train": train, "precision": precision.name}),
         frozen=options.frozen,
+        thawing=thawing_from_words(plan.n_layer, options.thaw, options.seed),
         resume=bool(options.resume),
         **more,
     )
@@ -124,7 +126,8 @@ def recipe_yaml(script: Callable[..., Any], options: Mapping[str, Any]) -> str:
     defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
     left_out = ("out_dir", "resume")
     chosen = _changed({name: value for name, value in options.items() if name not in left_out}, defaults)
-    chosen |= chosen.pop("frozen", {})  # a flat group
+    for name in [name for name in chosen if getattr(defaults[name], "flat", False)]:
+        chosen |= chosen.pop(name)
     return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
 
 
@@ -139,13 +142,21 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     return changed
 
 
-def _leaves(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{'train.lr': 1e-4} of {'train': {'lr': 1e-4}}."""
+def _leaves(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """{'train.lr': 1e-4, 'cache': 'ram'} of {'train': {'lr': 1e-4}, 'frozen': {'cache': 'ram'}}: by the names that the
+    command line has for them."""
     found = {}
     for name, value in values.items():
-        inner = value if name in ("data", "train", "eval") else None
-        found |= {name: value} if inner is None else {f"{name}.{leaf}": v for leaf, v in inner.items()}
+        if not is_dataclass(defaults[name]):
+            found[name] = value
+        else:
+            before = "" if getattr(defaults[name], "flat", False) else f"{name}."
+            found |= {f"{before}{leaf}": v for leaf, v in value.items()}
     return found
+
+
+def _fields(value: Any) -> Any:
+    return vars(value) if is_dataclass(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,5 @@
-"""The options that say how a run is made cheap. No heavy import: the command line reads this file."""
+"""Options about what is frozen: when it thaws, and how it is made cheap. No heavy import: the command line reads this
+file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,3 +41,32 @@ class FrozenArgs:
         parse_size(self.cache_limit)
         if self.stream_frozen and self.cache == "off":
             raise UsageError("--stream_frozen fills the cache, and --cache off has none. Leave one of them out.")
+
+
+@dataclass
+class ThawArgs:
+    """Which of the blocks that may train do so when; by default all of them from beginning to end.
+
+    Args:
+        unfreeze: Blocks that begin to train at a step (200), an epoch (2e) or a share of the run (50%), and may freeze
+            again: '0:14,15; 200:12,13; 50%:8-11; 80%:freeze 14,15'. gradual:4 thaws the last four, one after another
+            from the top. Takes the place of trainable_layers.
+        lisa_layers: LISA: so many blocks train at a time, drawn anew out of all, or of those of trainable_layers.
+        lisa_interval: Steps between two draws; 20 unless said.
+    """
+
+    flat: ClassVar[bool] = True
+
+    unfreeze: Optional[str] = None
+    lisa_layers: Optional[int] = None
+    lisa_interval: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        if self.unfreeze is not None and self.lisa_layers is not None:
+            raise UsageError("--unfreeze and --lisa_layers both say when blocks train. Keep one of them.")
+        if self.lisa_interval is not None and self.lisa_layers is None:
+            raise UsageError("--lisa_interval needs --lisa_layers, the number of blocks that train at a time.")
+        for name in ("lisa_layers", "lisa_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value} must be at least 1.")

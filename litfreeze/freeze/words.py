@@ -4,10 +4,13 @@ from typing import Optional
 
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
-from litfreeze.freeze.layers import Names, Spec, parse_layers
+from litfreeze.freeze.args import ThawArgs
+from litfreeze.freeze.layers import Names, Spec, format_layers, parse_layers
 from litfreeze.freeze.plan import FreezePlan, block_of, narrow
+from litfreeze.freeze.thaw import Lisa, Thawing, Unfreezing
 from litfreeze.lora import linear_layers
 
+LISA_INTERVAL = 20  # steps
 # LLaMA-Factory takes the names of transformers' modules
 MODULE_ALIASES = {"self_attn": "attn", "input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"}
 EXTRA_ALIASES = {"embed_tokens": "embed", "lm_head": "head", "norm": "final_norm"}
@@ -33,15 +36,19 @@ def plan_from_words(
     freeze_trainable_modules: Names = None,
     freeze_extra_modules: Names = None,
     freeze_trainable_layers_ids: Optional[Spec] = None,
+    thaw: ThawArgs = ThawArgs(),
 ) -> FreezePlan:
-    """The plan these words ask for; with no word at all, everything trains.
+    """The plan these words ask for; with no word at all, everything trains. It has all that trains at any time.
 
     Raises UsageError for words that contradict each other, and for all that `FreezePlan.choose` refuses."""
     layers = _one_of(
         trainable_layers=trainable_layers,
         freeze_trainable_layers=_count_from_an_end(freeze_trainable_layers, config.n_layer),
         freeze_trainable_layers_ids=freeze_trainable_layers_ids,
+        unfreeze=thawing_layers(config.n_layer, thaw),
     )
+    if layers is None and thaw.lisa_layers is not None:
+        layers = "all"
     modules = _split(_one_of(trainable_modules=trainable_modules, freeze_trainable_modules=freeze_trainable_modules))
     extra = _split(_one_of(trainable_extra=trainable_extra, freeze_extra_modules=freeze_extra_modules))
     if layers is None and modules is None and extra is None:
@@ -53,6 +60,18 @@ def plan_from_words(
         modules = None if modules == ["all"] else modules
     extra = [EXTRA_ALIASES.get(word, word) for word in extra or ()]
     return FreezePlan.choose(config, "all" if layers is None else layers, modules, extra)
+
+
+def thawing_layers(n_layer: int, thaw: ThawArgs) -> Optional[Spec]:
+    """The blocks that `--unfreeze` names; None without it."""
+    return None if thaw.unfreeze is None else format_layers(Unfreezing.parse(thaw.unfreeze, n_layer).blocks)
+
+
+def thawing_from_words(n_layer: int, thaw: ThawArgs, seed: int) -> Optional[Thawing]:
+    """When blocks train, if not from beginning to end."""
+    if thaw.unfreeze is not None:
+        return Unfreezing.parse(thaw.unfreeze, n_layer)
+    return None if thaw.lisa_layers is None else Lisa(thaw.lisa_layers, thaw.lisa_interval or LISA_INTERVAL, seed)
 
 
 def adapter_targets(config: Config, layers: Spec, targets: Names) -> list[str]:

@@ -44,7 +44,8 @@ class Prefix:
         read: Gives a weight of the model by name, mapped from its file and in the dtype it is kept in.
         mode: The context that the model computes in (autocast).
         together: Other processes fill the same store, so that what is made is written at once.
-        streamed: `gpt` came without these weights."""
+        streamed: These weights are never all in memory.
+        released: They have left `gpt` already."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Prefix:
         mode: Callable[[], AbstractContextManager[Any]],
         together: bool = False,
         streamed: bool = False,
+        released: bool = False,
     ) -> None:
         self.gpt = gpt
         self.stop = stop
@@ -73,7 +75,7 @@ class Prefix:
         self.unknown = {digest: sample for digest, sample in each.items() if digest not in store}
         names = (name for name, _ in gpt.named_parameters())
         self.names = only_below(gpt.config, names, stop)
-        self.released = streamed
+        self.released = released
 
     def fill(self, now: Iterable[Sample]) -> None:
         """Makes those of `now` that are unknown, and with them the others of their groups; and lets go of the weights
@@ -120,6 +122,14 @@ class Prefix:
         if self.released:
             self._bring(self.names)
         self.released = False
+
+    def give_up(self, stop: int) -> None:
+        """Closes the store, and hands what is not below block `stop` back to the model, with its weights: everything
+        if `stop` is 0."""
+        self.store.close()
+        if self.released:
+            below = set(only_below(self.gpt.config, self.names, stop)) if stop else set()
+            self._bring([name for name in self.names if name not in below])
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:

@@ -20,10 +20,17 @@ class FusedBackward:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.norms: dict[nn.Parameter, Tensor] = {}  # of the gradients of one backward pass
+        self.hooks = []
         for part in optimizer.parts if isinstance(optimizer, Several) else [optimizer]:
             for group in part.param_groups:
                 for parameter in group["params"]:
-                    parameter.register_post_accumulate_grad_hook(partial(self._step, part, group))
+                    step = partial(self._step, part, group)
+                    self.hooks.append(parameter.register_post_accumulate_grad_hook(step))
+
+    def close(self) -> None:
+        """From now on backward only makes gradients again."""
+        for hook in self.hooks:
+            hook.remove()
 
     def _step(self, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> None:
         self.norms[parameter] = torch.linalg.vector_norm(parameter.grad)

@@ -11,6 +11,7 @@ from litfreeze.checkpoint.trained import Proof
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.thaw import Thawing
 from litfreeze.precision import Precision
 from litfreeze.train.args import EvalArgs, TrainArgs
 from litfreeze.train.outcome import Outcome
@@ -34,6 +35,7 @@ class Job:
     save: Literal["full", "delta", "both"]  # the final checkpoint: all weights, only what trained, or each
     save_dtype: Optional[torch.dtype] = None
     resume: bool = False  # go on in `out_dir`
+    thawing: Optional[Thawing] = None  # when the blocks of the plan train, if not from beginning to end
     notes: tuple[str, ...] = ()  # what the person is told about where the run begins
 
 

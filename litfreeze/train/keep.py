@@ -3,7 +3,7 @@
 import hashlib
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -16,6 +16,8 @@ from litfreeze.checkpoint.trained import Proof, write_trained
 from litfreeze.data.samples import Samples
 from litfreeze.errors import UsageError
 from litfreeze.freeze.layers import format_layers
+from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.thaw import Stage
 from litfreeze.model import GPT
 from litfreeze.outputs import BEST, FINAL, RESUME
 from litfreeze.train.job import Job
@@ -31,25 +33,31 @@ class Keeper:
     out_dir: Path
     samples: Samples
     schedule: Schedule
+    stages: Sequence[Stage]
     prompt: Optional[dict[str, Any]]  # the style to save with the checkpoints
 
-    def checkpoint(self, name: str, gpt: GPT, outcome: Outcome) -> Optional[Proof]:
+    def checkpoint(self, name: str, gpt: GPT, plan: FreezePlan, outcome: Outcome) -> Optional[Proof]:
         """The final one as `--save` says and with its proof; others with what trained alone, unless that is everything.
-        An earlier one of that name stays until the new one is whole."""
-        job = self.job
-        separable = job.plan.trained != set(job.plan.sizes)
+        `plan` is what has trained so far. An earlier checkpoint of that name stays until the new one is whole."""
+        separable = plan.trained != set(plan.sizes)
         if name != FINAL:
-            return self._write(name, gpt, outcome, whole=not separable, prove=False)
-        if job.save == "both" and separable:
-            self._write(f"{FINAL}-delta", gpt, outcome, whole=False, prove=False)
-        return self._write(FINAL, gpt, outcome, whole=job.save != "delta" or not separable, prove=True)
+            return self._write(name, gpt, plan, outcome, whole=not separable, prove=False)
+        if self.job.save == "both" and separable:
+            self._write(f"{FINAL}-delta", gpt, plan, outcome, whole=False, prove=False)
+        return self._write(FINAL, gpt, plan, outcome, whole=self.job.save != "delta" or not separable, prove=True)
 
     def interval(
-        self, name: str, gpt: GPT, optimizer: torch.optim.Optimizer, outcome: Outcome, more: Mapping[str, Any]
+        self,
+        name: str,
+        gpt: GPT,
+        plan: FreezePlan,
+        optimizer: torch.optim.Optimizer,
+        outcome: Outcome,
+        more: Mapping[str, Any],
     ) -> None:
         """A checkpoint on the way and the point to go on from, with what `more` it needs; of the checkpoints only the
         last few stay."""
-        self.checkpoint(name, gpt, outcome)
+        self.checkpoint(name, gpt, plan, outcome)
         reached = {name: value for name, value in asdict(outcome).items() if value != float("inf")}
         facts = {
             "method": self.job.method,
@@ -59,7 +67,7 @@ class Keeper:
             **more,
             **self._fixed(),
         }
-        write_resume(self.out_dir, gpt, optimizer, facts)
+        write_resume(self.out_dir, gpt, plan.trained, optimizer, facts)
         for old in sorted(self.out_dir.glob("step-*"))[: -(self.job.train.keep_last or 2)]:
             shutil.rmtree(old)
 
@@ -91,23 +99,25 @@ class Keeper:
             told += f"\nGo on with: litfreeze finetune {self.job.method} --resume {shlex.quote(str(self.out_dir))}"
         return told
 
-    def _write(self, name: str, gpt: GPT, outcome: Outcome, whole: bool, prove: bool) -> Optional[Proof]:
-        job, known = self.job, self._manifest(outcome)
+    def _write(
+        self, name: str, gpt: GPT, plan: FreezePlan, outcome: Outcome, whole: bool, prove: bool
+    ) -> Optional[Proof]:
+        job, known = self.job, self._manifest(plan, outcome)
 
         def write(place: Path) -> Optional[Proof]:
-            return write_trained(place, job.checkpoint, gpt, job.plan, known, whole, prove, job.save_dtype)
+            return write_trained(place, job.checkpoint, gpt, plan, known, whole, prove, job.save_dtype)
 
         return replace_directory(self.out_dir / name, write)
 
-    def _manifest(self, outcome: Outcome) -> dict[str, Any]:
+    def _manifest(self, plan: FreezePlan, outcome: Outcome) -> dict[str, Any]:
         job = self.job
         return {
             "kind": job.method,
             "prompt": self.prompt,
             "training": {
                 "began_from": str(job.checkpoint.path.resolve()),
-                "layers": format_layers(job.plan.layers),
-                "trained": sorted(job.plan.trained),
+                "layers": format_layers(plan.layers),
+                "trained": sorted(plan.trained),
                 "lr": job.train.lr,
                 "lora_plus_ratio": job.plan.lora_plus_ratio,
                 "step": outcome.step,
@@ -123,15 +133,19 @@ class Keeper:
 
     def _fixed(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation, by the word a person knows."""
+        job = self.job
+        planned = sorted(job.plan.trained)
+        if len(self.stages) > 1:
+            planned += [f"{stage.start} {stage.plan.layers}" for stage in self.stages]
         digest = hashlib.sha256()
         for sample in self.samples.train + self.samples.val:
             digest.update(sample.tokens.tobytes() + b"|" + sample.labels.tobytes())
-        checkpoint = self.job.checkpoint
+        checkpoint = job.checkpoint
         return {
             "base": checkpoint.whole.weights_hash,
             "checkpoint": checkpoint.weights_hash,
             "adapter": checkpoint.lora and checkpoint.lora.to_dict(),
             "data": digest.hexdigest(),
-            "plan": hashlib.sha256("\n".join(sorted(self.job.plan.trained)).encode()).hexdigest(),
+            "plan": hashlib.sha256("\n".join(planned).encode()).hexdigest(),
             "steps": self.schedule.max_steps,
         }

@@ -60,9 +60,10 @@ def fit(
     seed: int,
     outcome: Optional[Outcome] = None,
     fused: Optional[FusedBackward] = None,
+    until: Optional[int] = None,
 ) -> Outcome:
     """Trains `model` (a `NextToken` under Fabric) on `records` and returns what it reached on `held_out`, beginning
-    where `outcome` stands.
+    where `outcome` stands and, if step `until` comes before the schedule's last one, ending there for another stage.
 
     The gradient of a step is the mean over all target tokens of its global batch, however that is cut into
     micro-batches and processes. `save(name, outcome)` writes a checkpoint. With `fused` parameters step inside of
@@ -76,12 +77,13 @@ def fit(
         outcome.best_loss = outcome.before.loss
         monitor.validated(0, outcome.before)
     limit = None if train.max_time is None else seconds(train.max_time)
-    while outcome.step < schedule.max_steps and not outcome.stopped:
+    until = schedule.max_steps if until is None else until
+    while outcome.step < until and not outcome.stopped:
         epoch, within = divmod(outcome.step, schedule.steps_per_epoch)
         if within == 0 or not order:
             order = epoch_order(len(records.samples), seed, epoch)
         lr = lr_at(outcome.step, schedule.max_steps, schedule.warmup, train)
-        set_lr(optimizer, lr)
+        set_lr(optimizer, lr, outcome.step)
         # Dropout draws from the step, not from what happened before it, so that a resumed run draws the same
         torch.manual_seed((seed * 1_000_003 + outcome.step) * fabric.world_size + fabric.global_rank)
         sizes = train.global_batch_size, train.micro_batch_size, fabric.global_rank, fabric.world_size

@@ -2,15 +2,15 @@
 
 import logging
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from litfreeze.errors import UsageError
 from litfreeze.freeze.optimizers import EIGHT_BIT_SIZE, stepped_by
-from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.train.args import TrainArgs
 
 MISSING = "--train.optimizer adamw8bit needs bitsandbytes. Install it: pip install 'litfreeze[bitsandbytes]'."
@@ -31,25 +31,38 @@ class Several(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    model: nn.Module, plan: FreezePlan, train: TrainArgs, scaled: bool = False
+    model: nn.Module,
+    plan: FreezePlan,
+    train: TrainArgs,
+    scaled: bool = False,
+    rises: Mapping[int, tuple[int, int]] = {},
+    last: Optional[torch.optim.Optimizer] = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of `--train.optimizer` on the plan's parameters and no other; what it is not made for is AdamW's
-    (`stepped_by`). It suits them and this machine: see `check_optimizer`. `scaled` says that losses are.
+    (`stepped_by`). It suits them and this machine: see `check_optimizer`. `scaled` says that losses are, `rises` is a
+    `Stage`'s. What goes on training keeps the state that it has in `last`, the optimizer of the stage before.
 
     Matrices decay, norms and biases do not. A group's `lr_scale` is the plan's: what the schedule's learning rate is
     multiplied by (see `set_lr`). The plan is checked against the model and the optimizer once more."""
     kinds = stepped_by(plan, train.optimizer)
-    groups: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = {}  # -> (lr scale, weight decay) -> them
+    groups: dict[str, dict[tuple, list[nn.Parameter]]] = {}  # -> (lr scale, rise, weight decay) -> them
     for name, parameter in model.named_parameters():
         if name in plan.trained:
             decay = train.weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault(kinds[name], {}).setdefault((plan.lr_scale(name), decay), []).append(parameter)
+            alike = plan.lr_scale(name), rises.get(block_of(name)), decay
+            groups.setdefault(kinds[name], {}).setdefault(alike, []).append(parameter)
     parts = []
     for kind, held in groups.items():
-        own = [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (scale, decay), ps in held.items()]
+        own = [
+            {"params": ps, "weight_decay": decay, "lr_scale": scale, "rise": rise}
+            for (scale, rise, decay), ps in held.items()
+        ]
         parts.append(_part(kind, own, train, scaled))
     optimizer = parts[0] if len(parts) == 1 else Several(parts)
     plan.check(model, optimizer)
+    if last is not None:
+        going_on = {p for group in optimizer.param_groups for p in group["params"]}
+        optimizer.state.update((p, state) for p, state in last.state.items() if p in going_on)
     return optimizer
 
 
@@ -100,10 +113,12 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every group its share of the schedule's learning rate."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int = 0) -> None:
+    """Gives every group its share of the schedule's learning rate at `step`; that of a block that has just thawed rises
+    to it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        start, over = group["rise"] or (0, 0)
+        group["lr"] = lr * group["lr_scale"] * (min(1.0, (step + 1 - start) / over) if over else 1.0)
 
 
 def lr_at(step: int, max_steps: int, warmup: int, train: TrainArgs) -> float:

@@ -3,6 +3,7 @@
 import resource
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -14,8 +15,10 @@ from litfreeze.checkpoint.trained import Proof
 from litfreeze.config import DROPOUT
 from litfreeze.data.samples import IGNORE, Sample, Samples
 from litfreeze.demo import MODEL_DIR
+from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import Thrift, describe_memory
 from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
+from litfreeze.freeze.thaw import Stage
 from litfreeze.outputs import FINAL
 from litfreeze.sizes import megabytes
 from litfreeze.tokenizer import Tokenizer
@@ -55,6 +58,7 @@ class Report:
     samples: Samples
     schedule: Schedule
     device: torch.device
+    stages: Sequence[Stage]
 
     def opening(self, prompt_style: Optional[str]) -> str:
         """What will train, on what, for how long, and what it will cost."""
@@ -72,12 +76,13 @@ class Report:
                 f"after {schedule.warmup} warmup steps, {self.job.precision.name} on {self.device.type}",
                 *([f"          Without dropout (config.json has {', '.join(dropout)})."] if dropout else []),
                 f"Trains    {self.job.plan.summary()}",
+                *([f"          {self.job.thawing.describe()}"] if self.job.thawing else []),
                 "",
                 self.job.plan.table(),
                 "",
                 f"Memory, estimated for micro-batches of {self.job.train.micro_batch_size} (up to {tokens:,} tokens):",
                 describe_memory(
-                    self.job.plan,
+                    max((stage.plan for stage in self.stages), key=lambda plan: plan.n_trained),
                     self.job.precision,
                     self.job.checkpoint.dtype,
                     tokens,
@@ -93,12 +98,23 @@ class Report:
             ]
         )
 
-    def arithmetic(self, cache: str, kept: Optional[int]) -> str:
-        """What an epoch will cost, and what freezing saves of it. `cache` says what became of the frozen prefix."""
+    def arithmetic(self, stage: Stage, cache: str, kept: Optional[int]) -> str:
+        """What an epoch of `stage` will cost, and what freezing saves of it. `cache` says what became of the frozen
+        prefix."""
         rows = Rows.of(self.samples.train)
         rate = matmul_rate(self.device, self.job.precision.compute)
-        told = cache.replace("\n", "\n" + " " * 10)
-        return "\n".join([describe_savings(self.job.plan, rows, rate, kept), "", f"Cache     {told}", ""])
+        return "\n".join([describe_savings(stage.plan, rows, rate, kept), "", _of_cache(cache), ""])
+
+    def next_stage(self, stage: Stage, last: Stage, cache: Optional[str]) -> str:
+        """What begins to train and what ceases to; `cache` as above, if it is another one from here on."""
+        now, before = set(stage.plan.layers), set(last.plan.layers)
+        changes = [
+            f"{word} {format_layers(blocks)}"
+            for word, blocks in (("thaws", now - before), ("freezes", before - now))
+            if blocks
+        ]
+        told = f"Step {stage.start}: {', '.join(changes)}; {stage.plan.n_trained:,} parameters train."
+        return told if cache is None else f"{told}\n{_of_cache(cache)}"
 
     def closing(
         self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange, rows: list[dict[str, Any]]
@@ -192,6 +208,10 @@ class Report:
         lengths = sorted((len(s.tokens) - 1 for s in self.samples.train), reverse=True)
         targets = sorted((int((s.labels[1:] != IGNORE).sum()) for s in self.samples.train), reverse=True)
         return min(count, len(lengths)) * lengths[0], sum(targets[:count])
+
+
+def _of_cache(told: str) -> str:
+    return "Cache     " + told.replace("\n", "\n" + " " * 10)
 
 
 def _epoch_seconds(rows: list[dict[str, Any]], steps_per_epoch: int) -> list[float]:

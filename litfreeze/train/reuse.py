@@ -1,5 +1,6 @@
 """Whether a run keeps what comes out of its frozen prefix, where, and why not."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -15,6 +16,7 @@ from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.savings import READS, WRITES, Rows, matmul_rate, work
+from litfreeze.freeze.thaw import Stage
 from litfreeze.model import GPT
 from litfreeze.prefix.folder import default_cache_dir, make_room
 from litfreeze.prefix.prefix import Prefix, prefix_key, prefix_names
@@ -42,14 +44,23 @@ def check_reuse(frozen: FrozenArgs, plan: FreezePlan, device: torch.device) -> N
 
 
 def choose_reuse(
-    fabric: Fabric, job: Job, gpt: GPT, samples: Samples, schedule: Schedule, before: Optional[bool] = None
+    fabric: Fabric,
+    job: Job,
+    gpt: GPT,
+    samples: Samples,
+    schedule: Schedule,
+    stage: Stage,
+    until: int,
+    released: bool,
+    before: Optional[bool] = None,
 ) -> Reuse:
-    """Opens the cache of this run's frozen prefix, if keeping it is wanted, exact and pays.
+    """Opens the cache of the frozen prefix for the steps from `stage` to `until`, below what has trained by then, if
+    keeping it is wanted, exact and pays. `released` says that its weights have left `gpt`.
 
     It pays if the arithmetic it spares takes longer than writing and reading what is kept; a run that goes on does as
     it did `before`, whatever a clock says now, so that it stays its twin to the bit. Raises UsageError for a folder
     that cannot be used, or has no room for what --stream_frozen has to keep."""
-    reuse = _choose(fabric, job, gpt, samples, schedule, before)
+    reuse = _choose(fabric, job, gpt, samples, schedule, stage, until, released, before)
     if job.frozen.stream_frozen and reuse.prefix is None:
         raise UsageError(f"--stream_frozen needs the cache, which is {reuse.told}")
     return reuse
@@ -59,23 +70,36 @@ def _nothing_below(plan: FreezePlan) -> str:
     return f"{'the embedding' if plan.lowest < 0 else 'block 0'} trains, so nothing below it is frozen"
 
 
-def _choose(fabric: Fabric, job: Job, gpt: GPT, samples: Samples, schedule: Schedule, before: Optional[bool]) -> Reuse:
-    frozen, stop = job.frozen, job.plan.lowest
+def _choose(
+    fabric: Fabric,
+    job: Job,
+    gpt: GPT,
+    samples: Samples,
+    schedule: Schedule,
+    stage: Stage,
+    until: int,
+    released: bool,
+    before: Optional[bool],
+) -> Reuse:
+    frozen, stop = job.frozen, stage.untouched
     if frozen.cache == "auto" and before is False:
         return Reuse(None, "off, as before the interruption.")
     if frozen.cache == "off":
         return Reuse(None, "off: --cache off.")
     if stop <= 0:
-        return Reuse(None, f"off: {_nothing_below(job.plan)}.")
+        return Reuse(None, f"off: {_nothing_below(stage.so_far)}.")
     dtype = job.precision.stream if frozen.cache_dtype == "auto" else getattr(torch, frozen.cache_dtype)
-    store, place = _open_store(job, gpt, fabric.device, dtype)
-    # Those that the run gets to, in the order in which it needs them first, each process's own together
-    order = epoch_order(len(samples.train), job.seed, 0)[: schedule.max_steps * job.train.global_batch_size]
+    store, place = _open_store(job, stop, gpt, fabric.device, dtype)
+    # Those that are got to, in the order in which they are needed first, each process's own together
+    order = _needed(len(samples.train), job, schedule, stage.start, until)
     first = [samples.train[i] for rank in range(fabric.world_size) for i in order[rank :: fabric.world_size]]
     records = list({sample.digest: sample for sample in first + samples.val}.values())
     missing = [record for record in records if record.digest not in store]
     every, lacks = (_bytes_of(part, gpt.config.n_embd * dtype.itemsize) for part in (records, missing))
-    saved, cost = fabric.broadcast(_seconds(fabric.device, job, samples, schedule, every, lacks))
+    epochs = (until - stage.start) / schedule.steps_per_epoch
+    validations = (until - stage.start) / schedule.eval_interval + (job.eval.initial_validation and stage.start == 0)
+    passes = (samples.train, epochs), (samples.val, validations)
+    saved, cost = fabric.broadcast(_seconds(fabric.device, job, stage.so_far, passes, every, lacks))
     doubtful = frozen.cache == "auto" and not before and not frozen.stream_frozen and len(missing) == len(records)
     why = _no_room(job, store, every, lacks)
     if not why and doubtful and saved <= cost:
@@ -92,6 +116,7 @@ def _choose(fabric: Fabric, job: Job, gpt: GPT, samples: Samples, schedule: Sche
         fabric.autocast,
         together=fabric.world_size > 1,
         streamed=frozen.stream_frozen,
+        released=released,
     )
     below = f"block{'s' * (stop > 1)} {format_layers(list(range(stop)))}"
     known = len(records) - len(missing)
@@ -102,13 +127,28 @@ def _choose(fabric: Fabric, job: Job, gpt: GPT, samples: Samples, schedule: Sche
     return Reuse(prefix, f"{', '.join(told)}.\nExpected to {_weighed(saved, cost)}.", every)
 
 
+def _needed(count: int, job: Job, schedule: Schedule, start: int, stop: int) -> list[int]:
+    """Indices of the training records of steps `start` … `stop`-1, in the order in which they come first."""
+    size = job.train.global_batch_size
+    found: dict[int, None] = {}
+    order: list[int] = []
+    for step in range(start, stop):
+        epoch, within = divmod(step, schedule.steps_per_epoch)
+        if within == 0 or not order:
+            if len(found) == count:
+                break
+            order = epoch_order(count, job.seed, epoch)
+        found.update(dict.fromkeys(order[within * size : (within + 1) * size]))
+    return list(found)
+
+
 def _weighed(saved: float, cost: float) -> str:
     return f"save {saved:.1f} s of arithmetic in this run and cost {cost:.1f} s of reading and writing"
 
 
-def _open_store(job: Job, gpt: GPT, device: torch.device, dtype: torch.dtype) -> tuple[ActivationStore, str]:
+def _open_store(job: Job, stop: int, gpt: GPT, device: torch.device, dtype: torch.dtype) -> tuple[ActivationStore, str]:
     """The store, and where it is."""
-    kind, stop, checkpoint = job.frozen.cache, job.plan.lowest, job.checkpoint
+    kind, checkpoint = job.frozen.cache, job.checkpoint
     width = gpt.config.n_embd
     if kind in ("ram", "gpu"):
         at = device if kind == "gpu" else "cpu"
@@ -143,15 +183,19 @@ def _bytes_of(samples: list[Sample], row: int) -> int:
 
 
 def _seconds(
-    device: torch.device, job: Job, samples: Samples, schedule: Schedule, every: int, lacks: int
+    device: torch.device,
+    job: Job,
+    plan: FreezePlan,
+    passes: Sequence[tuple[Sequence[Sample], float]],
+    every: int,
+    lacks: int,
 ) -> tuple[float, float]:
-    """What keeping it saves and costs in this run, by this machine's rate of matrix products and a slow disk's. Of the
-    `every` bytes, `lacks` are to be made."""
-    validations = job.eval.initial_validation + schedule.max_steps / schedule.eval_interval
-    count = len(samples.train) + len(samples.val)
+    """What keeping it saves and costs over so many passes over some samples, by this machine's rate of matrix products
+    and a slow disk's. Of the `every` bytes, `lacks` are to be made."""
+    count = sum(len(part) for part, _ in passes)
     flops = read = 0.0
-    for part, passes in ((samples.train, schedule.epochs), (samples.val, validations)):
-        spared = max(0.0, passes - lacks / max(1, every))
-        flops += spared * work(job.plan, Rows.of(part)).prefix
+    for part, times in passes:
+        spared = max(0.0, times - lacks / max(1, every))
+        flops += spared * work(plan, Rows.of(part)).prefix
         read += spared * every * len(part) / max(1, count)
     return flops / matmul_rate(device, job.precision.compute), lacks / WRITES + read / READS

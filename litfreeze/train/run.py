@@ -19,22 +19,22 @@ from litfreeze.data.prompt import Prompt
 from litfreeze.data.samples import Samples, load_samples
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.quantize import check_quantize, quantize_frozen
+from litfreeze.freeze.thaw import Stage, stages
 from litfreeze.generate.sample import generate_tokens
 from litfreeze.model import GPT
 from litfreeze.outputs import BEST, FINAL, MERGED_BASE, claim, used
 from litfreeze.prefix.prefix import only_below
 from litfreeze.tokenizer import Tokenizer
-from litfreeze.train.feed import Feed
-from litfreeze.train.fused import FusedBackward, check_fused_backward
+from litfreeze.train.fused import check_fused_backward
 from litfreeze.train.job import Job, Result
 from litfreeze.train.keep import Keeper
 from litfreeze.train.loop import Schedule, fit
-from litfreeze.train.loss import NextToken
 from litfreeze.train.monitor import Monitor
-from litfreeze.train.optim import build_optimizer, check_optimizer
+from litfreeze.train.optim import check_optimizer
 from litfreeze.train.outcome import Outcome
 from litfreeze.train.report import Exchange, Report
-from litfreeze.train.reuse import check_reuse, choose_reuse
+from litfreeze.train.reuse import check_reuse
+from litfreeze.train.stage import make_ready
 
 MAX_SEQ_LENGTH = 1024  # unless --data.max_seq_length says otherwise
 
@@ -57,68 +57,67 @@ def run(fabric: Fabric, job: Job) -> Result:
     prompted = any(len(sample.prompt_tokens) for sample in samples.train)  # plain text has no prompt
     saved_prompt = prompt.to_dict() if prompted else job.checkpoint.prompt
     schedule = Schedule.plan(len(samples.train), job.train, job.eval)
+    planned = stages(job.plan, job.thawing, schedule.max_steps, schedule.steps_per_epoch, schedule.warmup)
     out_dir = fabric.broadcast(claim(job.out_dir, job.method) if fabric.is_global_zero else None)
     job = replace(job, checkpoint=_with_base_on_disk(fabric, job.checkpoint, out_dir))
-    keeper = Keeper(job, out_dir, samples, schedule, saved_prompt)
+    keeper = Keeper(job, out_dir, samples, schedule, planned, saved_prompt)
     outcome, kept = keeper.point() if job.resume else (Outcome(), {})
 
-    report = Report(job, samples, schedule, fabric.device)
+    i = next(i for i, stage in enumerate(planned) if outcome.step <= stage.stop)  # of the last step that was made
+    report = Report(job, samples, schedule, fabric.device, planned)
     monitor = Monitor(out_dir, schedule.max_steps, job.train.log_interval, fabric.global_rank, outcome.step)
     monitor.say(report.opening(prompt.style if prompted else None))
     with ExitStack() as to_close:
         to_close.callback(monitor.close)
         to_close.push(lambda kind, *_: monitor.say(keeper.stopped()) if kind is KeyboardInterrupt else None)
-        gpt = _load(fabric, job, monitor)
-        reuse = choose_reuse(fabric, job, gpt, samples, schedule, kept.get("cached"))
-        prefix = reuse.prefix
-        if prefix is not None:
-            to_close.callback(prefix.store.close)
-        monitor.say(report.arithmetic(reuse.told, reuse.size))
-        model = fabric.setup_module(NextToken(gpt, job.train.activation_checkpointing))
-        plain = build_optimizer(gpt, job.plan, job.train, job.precision.name == "16-mixed")
-        optimizer = fabric.setup_optimizers(plain)
-        fused = FusedBackward(plain) if job.frozen.fused_backward else None
+        gpt = _load(fabric, job, planned[i], monitor)
+        ready = make_ready(fabric, job, gpt, samples, schedule, planned, i, cached=kept.get("cached"))
+        to_close.callback(lambda: ready.prefix and ready.prefix.store.close())
+        monitor.say(report.arithmetic(ready.stage, ready.reuse.told, ready.reuse.size))
         scaler = getattr(fabric.strategy.precision, "scaler", None)  # of 16-mixed
         exchange = Exchange.first(tokenizer, samples.val or samples.train)
         answer_length = job.eval.max_new_tokens
         if job.resume:
-            restore(out_dir, gpt, plain)
+            restore(out_dir, gpt, ready.stage.so_far.trained, ready.plain)
             exchange.before = kept["answer_before"]
             if scaler is not None:
                 scaler.load_state_dict(kept["scaler"])
             monitor.say(f"Resumed after step {outcome.step} of {schedule.max_steps}.")
         elif not job.frozen.stream_frozen:
-            with prefix.at_hand() if prefix else nullcontext():
+            with ready.prefix.at_hand() if ready.prefix else nullcontext():
                 exchange.before = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
-        if job.frozen.stream_frozen:
-            prefix.fill_all(fabric.global_rank, fabric.world_size, fabric.barrier)
 
         def save(name: str, outcome: Outcome) -> Optional[Proof]:
-            proof = None
+            proof, so_far = None, ready.stage.so_far
             if fabric.is_global_zero and name in (BEST, FINAL):
-                proof = keeper.checkpoint(name, gpt, outcome)
+                proof = keeper.checkpoint(name, gpt, so_far, outcome)
             elif fabric.is_global_zero:
                 more = {
                     "answer_before": exchange.before,
                     "scaler": scaler and scaler.state_dict(),
-                    "cached": prefix is not None,
+                    "cached": ready.prefix is not None,
                 }
-                keeper.interval(name, gpt, plain, outcome, more)
+                keeper.interval(name, gpt, so_far, ready.plain, outcome, more)
             return fabric.broadcast(proof)
 
-        # Under dropout records that share their beginning would share what is dropped of it
-        share = job.plan.lora is None or job.plan.lora.dropout == 0
-        feeds = [
-            Feed(fabric, samples.train, job.data, share, prefix),
-            Feed(fabric, samples.val, job.data, True, prefix),
-        ]
-        outcome = fit(
-            fabric, model, optimizer, *feeds, schedule, job.train, job.eval, monitor, save, job.seed, outcome, fused
-        )
+        while True:
+            if job.frozen.stream_frozen:
+                ready.prefix.fill_all(fabric.global_rank, fabric.world_size, fabric.barrier)
+            outcome = fit(
+                fabric, ready.model, ready.optimizer, *ready.feeds, schedule, job.train, job.eval, monitor, save,
+                job.seed, outcome, ready.fused, ready.stage.stop,
+            )  # fmt: skip
+            prefix = ready.prefix
+            if outcome.step == schedule.max_steps or outcome.stopped:
+                break
+            i += 1
+            ready = make_ready(fabric, job, gpt, samples, schedule, planned, i, ready)
+            other = ready.reuse.told if ready.prefix is not prefix else None
+            monitor.say(report.next_stage(ready.stage, planned[i - 1], other))
         if prefix is not None and prefix.store.full:
             monitor.say(f"Cache     {prefix.store.full}: nothing more was kept, and what was missing ran again.")
-        plain.state.clear()  # makes room for the whole model, part of which may have left memory
-        plain.zero_grad()
+        ready.plain.state.clear()  # makes room for the whole model, part of which may have left memory
+        ready.plain.zero_grad()
         if not job.frozen.stream_frozen:
             with prefix.at_hand() if prefix else nullcontext():
                 exchange.after = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
@@ -135,16 +134,15 @@ def run(fabric: Fabric, job: Job) -> Result:
     return Result(out_dir, out_dir / FINAL, outcome, proof)
 
 
-def _load(fabric: Fabric, job: Job, monitor: Monitor) -> GPT:
-    """The model as it will train: each weight in the dtype it is kept in, and requires_grad as the plan says."""
+def _load(fabric: Fabric, job: Job, stage: Stage, monitor: Monitor) -> GPT:
+    """The model, each weight in the dtype it is kept in during `stage`; what may thaw later is still frozen."""
     checkpoint, plan = job.checkpoint, job.plan
     gpt = load_model(
         checkpoint,
-        lambda name: job.precision.kept(name in plan.trained, checkpoint.dtype(name)),
+        lambda name: job.precision.kept(name in stage.so_far.trained, checkpoint.dtype(name)),
         job.precision.stream,
-        only_below(plan.config, plan.sizes, plan.lowest) if job.frozen.stream_frozen else (),
+        only_below(plan.config, plan.sizes, stage.untouched) if job.frozen.stream_frozen else (),
     )
-    plan.apply(gpt)
     if job.frozen.freeze_quantize:
         monitor.say(f"Quantised {quantize_frozen(gpt, plan, job.frozen.freeze_quantize, fabric.device)}\n")
     return gpt

@@ -31,7 +31,7 @@ from litfreeze.data.batches import build_batch
 from litfreeze.data.samples import IGNORE, Sample
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
-from litfreeze.freeze.args import FrozenArgs
+from litfreeze.freeze.args import FrozenArgs, ThawArgs
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.lora import LoRA, add_lora, linear_layers
 from litfreeze.model import GPT
@@ -309,6 +309,10 @@ TOGETHER = {
     "text": ("llama", {"trainable_layers": "2-3", "data": {"path": "text.txt", "max_seq_length": 32}}),
     "LoRA": ("qwen3", {**LORA, "trainable_layers": "2,3", "lora_targets": "q_proj,down_proj", "use_dora": True}),
     "LoRA on the head": ("gpt2", {**LORA, "trainable_layers": "none", "lora_targets": "head"}),
+    "thawing": ("mistral", {"thaw": ThawArgs(unfreeze="0:3; 7:2; 50%:1; 80%:freeze 3")}),
+    "thawing to the bottom": ("qwen3", {"thaw": ThawArgs(unfreeze="0:3; 10:0-2")}),
+    "LISA": ("gpt2", {"trainable_layers": "1-3", "thaw": ThawArgs(lisa_layers=1, lisa_interval=5)}),
+    "LoRA thawing": ("llama", {**LORA, "thaw": ThawArgs(unfreeze="gradual:3"), "lora_plus_ratio": 4.0}),
     "LoRA and full": ("mistral", {**LORA, "trainable_layers": "3", "full_layers": "2"}),
 }
 

@@ -1,0 +1,87 @@
+"""What the loop needs in one stage of a run, made from what the stage before it left."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from litfreeze.data.samples import Samples
+from litfreeze.freeze.thaw import Stage
+from litfreeze.model import GPT
+from litfreeze.prefix.prefix import Prefix
+from litfreeze.train.feed import Feed
+from litfreeze.train.fused import FusedBackward
+from litfreeze.train.job import Job
+from litfreeze.train.loop import Schedule
+from litfreeze.train.loss import NextToken
+from litfreeze.train.optim import build_optimizer
+from litfreeze.train.reuse import Reuse, choose_reuse
+
+
+@dataclass
+class Ready:
+    """One stage, made ready: `model` and `optimizer` are Fabric's, `plain` is the optimizer under its wrapping."""
+
+    stage: Stage
+    reuse: Reuse
+    model: nn.Module
+    plain: torch.optim.Optimizer
+    optimizer: Any
+    fused: Optional[FusedBackward]
+    feeds: tuple[Feed, Feed]
+
+    @property
+    def prefix(self) -> Optional[Prefix]:
+        return self.reuse.prefix
+
+
+def make_ready(
+    fabric: Fabric,
+    job: Job,
+    gpt: GPT,
+    samples: Samples,
+    schedule: Schedule,
+    stages: Sequence[Stage],
+    i: int,
+    last: Optional[Ready] = None,
+    cached: Optional[bool] = None,
+) -> Ready:
+    """Makes stage `i` ready, after the stage before it or, if there was none (`last`), as the first one of this
+    process. `cached` says of a run that goes on whether it had kept its frozen prefix."""
+    stage = stages[i]
+    until = max(s.stop for s in stages if s.untouched == stage.untouched)
+    if last is not None and last.stage.untouched == stage.untouched:
+        reuse = last.reuse
+    else:
+        released = job.frozen.stream_frozen if last is None else last.prefix is not None and last.prefix.released
+        reuse = choose_reuse(fabric, job, gpt, samples, schedule, stage, until, released, cached)
+        if last is not None and last.prefix is not None:
+            last.prefix.give_up(0 if reuse.prefix is None else stage.untouched)
+    if last is not None:
+        _thaw(job, gpt, stage, last.stage)
+        if last.fused is not None:
+            last.fused.close()
+    stage.plan.apply(gpt)
+    model = fabric.setup_module(NextToken(gpt, job.train.activation_checkpointing))
+    scaled = job.precision.name == "16-mixed"
+    plain = build_optimizer(gpt, stage.plan, job.train, scaled, stage.rises, last and last.plain)
+    optimizer = fabric.setup_optimizers(plain)
+    fused = FusedBackward(plain) if job.frozen.fused_backward else None
+    # Under dropout records that share their beginning would share what is dropped of it
+    share = job.plan.lora is None or job.plan.lora.dropout == 0
+    feeds = (
+        Feed(fabric, samples.train, job.data, share, reuse.prefix),
+        Feed(fabric, samples.val, job.data, True, reuse.prefix),
+    )
+    return Ready(stage, reuse, model, plain, optimizer, fused, feeds)
+
+
+def _thaw(job: Job, gpt: GPT, stage: Stage, last: Stage) -> None:
+    """What trains for the first time is kept as what trains is, no longer as what is frozen."""
+    for name in stage.so_far.trained - last.so_far.trained:
+        owner, _, attribute = name.rpartition(".")
+        weight = job.checkpoint.read(name).to(job.precision.kept(True, job.checkpoint.dtype(name))).contiguous()
+        setattr(gpt.get_submodule(owner), attribute, nn.Parameter(weight))
