@@ -267,8 +267,9 @@ def unknown_option(name: str, options: Iterable[str]) -> UsageError:
     if inside:
         return UsageError(f"{name} is a group of options, not one: set {', '.join(inside[:3])}, ...")
     word = name.replace("-", "_")
-    same_end = [option for option in options if f".{option}".endswith((f".{word}", f"_{word}"))]
-    near = did_you_mean(min(same_end, key=len, default=word), options)
+    same = [option for option in options if f".{option}".endswith(f".{word}")]
+    same_end = same or [option for option in options if option.endswith(f"_{word}")]
+    near = f" Did you mean {' or '.join(map(repr, same_end[:3]))}?" if same_end else did_you_mean(word, options)
     return UsageError(f"unknown option '{name}'.{near} --help lists the options.")
 
 

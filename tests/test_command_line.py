@@ -317,7 +317,7 @@ def test_mistakes_on_the_line(capsys, words, says):
         ("trainable_layers: [0, -2:]\n", "In a file, quotes make a value text: '-2:'."),
         ("accelerator: 42\n", "accelerator: '42' is not text. In a file, quotes"),
         ("train:\n\tlr: 1\n", "Indent with blanks."),
-        ("\nlayers: 1\n", "unknown option 'layers'. Did you mean 'trainable_layers'?"),
+        ("\nlayers: 1\n", "unknown option 'layers'. Did you mean 'trainable_layers' or "),
         ("train:\n  lrr: 1\n", "unknown option 'train.lrr'. Did you mean 'train.lr'?"),
         ("train: {lr: fast}\n", "train.lr: 'fast' is not a number."),
         ("train: {lr: -1}\n", "--train.lr -1.0 must be a number above 0."),
