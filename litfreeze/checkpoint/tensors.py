@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -63,9 +62,10 @@ class TensorFile:
         own, so that letting go of it frees what of it was touched."""
         if self.path.suffix == ".safetensors":
             (dtype, shape), (start, size) = self.layout[name], self.places[name]
-            if size == 0:
-                return torch.empty(shape, dtype=dtype)
-            return torch.from_numpy(np.memmap(self.path, np.uint8, "c", start, (size,))).view(dtype).view(shape)
+            # Not numpy's mapping, which holds a file descriptor as long as it lives
+            mapped = torch.from_file(str(self.path), shared=False, size=start + size, dtype=torch.uint8)[start:]
+            aligned = mapped if start % dtype.itemsize == 0 else mapped.clone()
+            return aligned.view(dtype).view(shape)
         # Unpickling takes a while, so it serves several tensors; what they read stays in memory until the next time.
         # Each is handed out once: whoever has it may change it
         if name not in self.unpickled or self.touched > PIECE:
@@ -116,6 +116,12 @@ class TensorFile:
         if not flat:
             raise UsageError(f"{self.path} does not hold a flat dict of tensors.")
         return content
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether `tensor`, as `TensorFile.read` gave it, still is a piece of the mapped file and no copy: its storage then
+    begins with the file's header."""
+    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 class TensorDirectory(Mapping):

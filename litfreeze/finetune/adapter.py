@@ -22,10 +22,8 @@ def begin(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, Fre
 
     Raises UsageError for settings out of range, and for those that contradict a given adapter."""
     _check_ranges(options)
-    if (layers := thawing_layers(opened.config.n_layer, options.thaw)) is not None:
-        if options.trainable_layers is not None:
-            raise UsageError("--unfreeze and --trainable_layers both say which blocks train; keep one of them.")
-        options = SimpleNamespace(**{**vars(options), "trainable_layers": layers})
+    if options.thaw.unfreeze is not None and options.trainable_layers is not None:
+        raise UsageError("--unfreeze and --trainable_layers both say which blocks train; keep one of them.")
     if opened.lora is None:
         for name in ("merge_first", "lora_resize"):
             if getattr(options, name):
@@ -62,8 +60,10 @@ def _fresh(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint
     full = weights_in_full(config, options.full_layers, options.trainable_extra)
     layers = options.trainable_layers
     if layers is None:
+        thawing = thawing_layers(config.n_layer, options.thaw)
+        blocks = parse_layers("all" if thawing is None else thawing, config.n_layer)
         taken = parse_layers("none" if options.full_layers is None else options.full_layers, config.n_layer)
-        layers = format_layers(i for i in range(config.n_layer) if i not in taken)
+        layers = format_layers(i for i in blocks if i not in taken)
     targets = adapter_targets(config, layers, "all" if options.lora_targets is None else options.lora_targets)
     chosen = {
         name: value if getattr(options, name) is None else getattr(options, name) for name, value in FRESH.items()

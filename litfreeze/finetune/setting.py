@@ -53,7 +53,7 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
         kept = getattr(own[group], leaf) if is_dataclass(own[group]) else own[name]
         if name in ("data.path", "data.val_path"):  # where it lies may change; what it holds is compared
             setattr(own["data"], leaf, Path(value))
-        elif group == "frozen" and name != "freeze_quantize":  # nothing of it changes what is learned
+        elif group == "frozen" and name not in ("freeze_quantize", "cache_dtype"):  # what learns the same, to the bit
             own["frozen"] = replace(own["frozen"], **{name: value})
         elif name in (*DEVICES, "base_dir"):
             own[name] = value

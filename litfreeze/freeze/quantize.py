@@ -4,14 +4,12 @@ Only what no cached activation depends on: linear weights of blocks from the low
 adapter (QLoRA, arXiv 2305.14314) among them. They are never written: a checkpoint has the base's own. By bitsandbytes,
 which is imported only when it is asked for."""
 
-import ctypes
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +17,26 @@ from torch import Tensor, nn
 from litfreeze.errors import UsageError
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.plan import FreezePlan, block_of
+from litfreeze.heap import return_freed_blocks
 from litfreeze.lora import linear_layers
 from litfreeze.model import CAST, GPT
 
-M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 
-
-def quantised_bytes(plan: FreezePlan, kind: str) -> Mapping[str, int]:
-    """The weights of `plan` that can be kept in `kind`, int8 or nf4, and the bytes each then takes, scales included."""
+def quantised_bytes(plan: FreezePlan, kind: str, lowest: Optional[int] = None) -> Mapping[str, int]:
+    """The weights of `plan` that can be kept in `kind`, int8 or nf4, and the bytes each then takes, scales included:
+    those from block `lowest` up, by default the lowest that trains."""
     found = {}
+    lowest = plan.lowest if lowest is None else lowest
     for module, (out, into) in linear_layers(plan.config).items():
         name, i = f"{module}.weight", block_of(module)
-        if i is not None and i >= plan.lowest and name not in plan.trained:
+        if i is not None and i >= lowest and name not in plan.trained:
             found[name] = KINDS[kind].bytes_of(out, into)
     return found
 
 
-def check_quantize(plan: FreezePlan, kind: str, device: torch.device) -> None:
-    """Raises UsageError if no weight of `plan` can be kept in `kind` on `device`."""
-    if not quantised_bytes(plan, kind):
+def check_quantize(plan: FreezePlan, kind: str, device: torch.device, lowest: Optional[int] = None) -> None:
+    """Raises UsageError if no weight of `plan` from block `lowest` up can be kept in `kind` on `device`."""
+    if not quantised_bytes(plan, kind, lowest):
         why = "all that is frozen lies below it" if len(plan.trained) < len(plan.sizes) else "nothing is frozen"
         raise UsageError(
             f"--freeze_quantize {kind} is for frozen linear layers from the lowest trained block up, and {why}. "
@@ -55,10 +54,10 @@ def check_quantize(plan: FreezePlan, kind: str, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def quantize_frozen(gpt: GPT, plan: FreezePlan, kind: str, device: torch.device) -> str:
+def quantize_frozen(gpt: GPT, plan: FreezePlan, kind: str, device: torch.device, lowest: Optional[int] = None) -> str:
     """Keeps the frozen weights of `gpt` that can be in `kind`, on `device`, and gives the words for it. They are empty
     under their names from then on; see `Quantised`."""
-    names = list(quantised_bytes(plan, kind))
+    names = list(quantised_bytes(plan, kind, lowest))
     for name in names:
         owner, _, attribute = name.rpartition(".")
         module = gpt.get_submodule(owner)
@@ -75,7 +74,7 @@ class Quantised(nn.Parameter):
     all that `linear` does with it, it gives them. Wrappers that move or send parameters find nothing to do."""
 
     def __new__(cls, weight: Tensor, kind: str, device: torch.device) -> "Quantised":
-        _return_freed_blocks()
+        return_freed_blocks()
         made = super().__new__(cls, torch.empty(0, dtype=torch.uint8, device=device), requires_grad=False)
         made.kind = kind
         made.parts = [KINDS[kind].of(rows, device) for rows in weight.split(CAST)]
@@ -137,15 +136,6 @@ class NF4Rows:
 
 
 KINDS = {"int8": Int8Rows, "nf4": NF4Rows}
-
-
-@cache
-def _return_freed_blocks() -> None:
-    """From here on the C library returns blocks of 1 MiB and more to the system when they are freed. Left alone it
-    comes to keep them for reuse (mallopt(3)); but what stays, made between temporaries that go, cuts those up, and the
-    process grows by more than is saved."""
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_THRESHOLD, 1024**2)
 
 
 @cache

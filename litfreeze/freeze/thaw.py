@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Optional, Protocol
 
 from litfreeze.errors import UsageError
@@ -62,6 +63,8 @@ def stages(
     if thawing is None:
         return [Stage(0, max_steps, plan, plan)]
     training = thawing.training(plan.layers, max_steps, steps_per_epoch)
+    same = [start for last, start in pairwise(training) if training[last] == training[start]]
+    training = {start: blocks for start, blocks in training.items() if start not in same}
     starts = [*training, max_steps]
     found: list[Stage] = []
     rises: dict[int, tuple[int, int]] = {}
@@ -145,7 +148,7 @@ class Unfreezing:
             when, colon, layers = part.partition(":")
             if not colon or not layers.strip():
                 raise UsageError(f"--unfreeze {part.strip()!r} is no change. Write time:blocks, as in {GRAMMAR}.")
-            if re.search(r",\s*[0-9.]+[e%]?:", layers):
+            if re.search(r",\s*[0-9.]+[e%]?:\s*[a-z0-9-]", layers):
                 raise UsageError(f"--unfreeze {part.strip()!r}: a semicolon stands between changes, as in {GRAMMAR}.")
             word, _, rest = layers.strip().partition(" ")
             freeze = word == "freeze"

@@ -3,10 +3,8 @@
 What comes out of it, rows (T, C) of the residual stream, is kept by an `ActivationStore` under the hash of the record's
 tokens. The store's key is a hash of all else that decides those rows, so that a wrong hit cannot be."""
 
-import ctypes
 import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from litfreeze.attention import Packed
-from litfreeze.checkpoint.tensors import as_bytes
+from litfreeze.checkpoint.tensors import as_bytes, is_mapped
 from litfreeze.config import Config
 from litfreeze.data.batches import Batch, build_batch
 from litfreeze.data.samples import Sample
 from litfreeze.freeze.plan import block_of
+from litfreeze.heap import trim
 from litfreeze.model import GPT
 from litfreeze.precision import Precision
 from litfreeze.prefix.store import ActivationStore
@@ -92,7 +91,8 @@ class Prefix:
     def fill_all(self, rank: int, world_size: int, barrier: Callable[[], None]) -> None:
         """Makes all that is unknown, the processes sharing the work."""
         groups = [group for i in self.groups if (group := self._unknown_of(i))]
-        self._make(groups[rank::world_size])
+        if mine := groups[rank::world_size]:
+            self._make(mine)
         self.store.flush()
         barrier()
         self._look_again()
@@ -124,17 +124,15 @@ class Prefix:
         self.released = False
 
     def give_up(self, stop: int) -> None:
-        """Closes the store, and hands what is not below block `stop` back to the model, with its weights: everything
-        if `stop` is 0."""
-        self.store.close()
+        """Hands what is not below block `stop` back to the model, with its weights: everything if `stop` is 0."""
         if self.released:
             below = set(only_below(self.gpt.config, self.names, stop)) if stop else set()
             self._bring([name for name in self.names if name not in below])
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:
-        """Within it the whole model runs as any other: each block brings its weights on a processor, where they are
-        but mapped, and lets go of them; on a GPU all come back."""
+        """Within it the whole model runs as any other: on a GPU all weights come back, on a processor a block's come
+        when it is reached, and go after it if they were but mapped and not made."""
         if not self._by_block:
             self.restore()
             yield
@@ -143,8 +141,8 @@ class Prefix:
         hooks = []
         for i, block in enumerate(self.gpt.blocks[: self.stop]):
             own = self._names_of(i)
-            hooks.append(block.register_forward_pre_hook(lambda *_, own=own: self._bring(own)))
-            hooks.append(block.register_forward_hook(lambda *_, own=own: self._let_go(own)))
+            hooks.append(block.register_forward_pre_hook(lambda *_, own=own: self._bring(self._absent(own))))
+            hooks.append(block.register_forward_hook(lambda *_, own=own: self._let_go(self._mapped(own))))
         self._bring(self._names_of(None))
         try:
             yield
@@ -163,6 +161,12 @@ class Prefix:
 
     def _names_of(self, block: Optional[int]) -> list[str]:
         return [name for name in self.names if block_of(name) == block]
+
+    def _absent(self, names: list[str]) -> list[str]:
+        return [name for name in names if not self.gpt.get_parameter(name).numel()]
+
+    def _mapped(self, names: list[str]) -> list[str]:
+        return [name for name in names if self.streamed or is_mapped(self.gpt.get_parameter(name))]
 
     def _unknown_of(self, group: int) -> list[Sample]:
         return [sample for sample in self.groups[group] if sample.digest in self.unknown]
@@ -191,7 +195,7 @@ class Prefix:
                 self._let_go(own)
             for j, (batch, group) in enumerate(zip(batches, groups, strict=True)):
                 made = self._keep(batch, group, scratch.read(j))
-        _trim()
+        trim()  # of what large products took for a moment
         return made
 
     def _embed(self, batch: Batch) -> Tensor:
@@ -224,7 +228,7 @@ class Prefix:
 
     def _let_go(self, names: list[str]) -> None:
         for name in names:
-            self._put(name, torch.empty(0))
+            self._put(name, torch.empty(0, device=self.gpt.final_norm.weight.device))
 
     def _put(self, name: str, weight: Tensor) -> None:
         owner, _, attribute = name.rpartition(".")
@@ -263,12 +267,6 @@ class Scratch:
             self.file.write(as_bytes(after).numpy())
 
 
-def _trim() -> None:
-    """Gives back to the system what large products took for a moment; glibc would keep it."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
 def prefix_names(names: Iterable[str], stop: int) -> list[str]:
     """Those of the parameters `names` that decide what comes out below block `stop`."""
     return [n for n in names if n.startswith(("embed.", "pos_embed.")) or block_of(n) in range(stop)]
@@ -280,10 +278,17 @@ def only_below(config: Config, names: Iterable[str], stop: int) -> list[str]:
 
 
 def prefix_key(
-    config: Config, stop: int, hashes: Mapping[str, str], precision: Precision, device: torch.device, dtype: torch.dtype
+    config: Config,
+    stop: int,
+    hashes: Mapping[str, str],
+    precision: Precision,
+    device: torch.device,
+    dtype: torch.dtype,
+    scales: Mapping[str, float] = {},
 ) -> str:
     """A hash of all that decides the rows of a record but its tokens: the mathematics, the weights (`hashes`, sha256 of
-    each tensor of the prefix as stored), what they are computed in and by, and the `dtype` of the rows."""
+    each tensor of the prefix as stored; `scales` of the adapters in it), what they are computed in and by, and the
+    `dtype` of the rows."""
     decides = {
         "format": FORMAT,
         "config": asdict(config),
@@ -293,5 +298,6 @@ def prefix_key(
         "positions": "from 0 in each record",
         "kernel": f"{Packed.kernel} on {device.type}, torch {torch.__version__}",
         "dtype": str(dtype),
+        **({"adapters": dict(sorted(scales.items()))} if scales else {}),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -235,8 +235,9 @@ class ActivationStore:
         return sum(self._shards.values()) + self._pending_bytes
 
     def close(self) -> None:
-        """Writes what is only in memory, and lets the cache be removed."""
+        """Writes what is only in memory, or forgets it where there is no folder, and lets the cache be removed."""
         self.flush()
+        self._pending = {}
         if self._lock is not None:
             touch(self._lock)
             os.close(self._lock)

@@ -40,14 +40,15 @@ class HeadLoss(torch.autograd.Function):
         expected = F.pad(answers, (0, pads), value=IGNORE)
         d_rows = torch.zeros_like(padded, dtype=rows.dtype) if for_rows else None
         d_weight = torch.zeros_like(weight) if for_weight else None
-        loss = torch.zeros((), device=rows.device)
+        fp32 = {"dtype": torch.float32, "device": rows.device}  # whatever the default dtype is
+        loss = torch.zeros((), **fp32)
         right = []
         for first in range(0, len(padded), size):
             some, those = padded[first : first + size], expected[first : first + size]  # (R, C), (R,)
-            top = torch.full(those.shape, -torch.inf, device=rows.device)  # (R,), as all of the next two lines
-            logit, own, others = torch.zeros(3, len(those), device=rows.device)
+            top = torch.full(those.shape, -torch.inf, **fp32)  # (R,), as all of the next two lines
+            logit, own, others = torch.zeros(3, len(those), **fp32)
             best = torch.zeros_like(those)
-            pulls = torch.zeros(some.shape, device=rows.device)  # Σ softmax W
+            pulls = torch.zeros(some.shape, **fp32)  # Σ softmax W
             kept = []
             for a, b in slices:
                 part = weight[a:b] if cast is None else cast[: b - a].copy_(weight[a:b])  # (v, C)

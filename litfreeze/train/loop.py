@@ -88,7 +88,7 @@ def fit(
         torch.manual_seed((seed * 1_000_003 + outcome.step) * fabric.world_size + fabric.global_rank)
         sizes = train.global_batch_size, train.micro_batch_size, fabric.global_rank, fabric.world_size
         micro_batches = step_indices(order, within, *sizes)
-        then = step_indices(order, within + 1, *sizes)[:1]
+        then = step_indices(order, within + 1, *sizes)[:1] if outcome.step + 1 < until else []
         start = time.perf_counter()
         loss, norm, tokens = _step(fabric, model, optimizer, records, micro_batches, then, train.max_norm, fused)
         outcome.step += 1

@@ -16,7 +16,8 @@ from litfreeze.config import DROPOUT
 from litfreeze.data.samples import IGNORE, Sample, Samples
 from litfreeze.demo import MODEL_DIR
 from litfreeze.freeze.layers import format_layers
-from litfreeze.freeze.memory import Thrift, describe_memory
+from litfreeze.freeze.memory import Thrift, describe_memory, estimate_memory
+from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
 from litfreeze.freeze.thaw import Stage
 from litfreeze.outputs import FINAL
@@ -82,7 +83,7 @@ class Report:
                 "",
                 f"Memory, estimated for micro-batches of {self.job.train.micro_batch_size} (up to {tokens:,} tokens):",
                 describe_memory(
-                    max((stage.plan for stage in self.stages), key=lambda plan: plan.n_trained),
+                    self._hungriest(tokens, targets),
                     self.job.precision,
                     self.job.checkpoint.dtype,
                     tokens,
@@ -105,8 +106,9 @@ class Report:
         rate = matmul_rate(self.device, self.job.precision.compute)
         return "\n".join([describe_savings(stage.plan, rows, rate, kept), "", _of_cache(cache), ""])
 
-    def next_stage(self, stage: Stage, last: Stage, cache: Optional[str]) -> str:
-        """What begins to train and what ceases to; `cache` as above, if it is another one from here on."""
+    def next_stage(self, stage: Stage, last: Stage, cache: str) -> str:
+        """What begins to train and what ceases to and, where the frozen prefix is another one now, what became of it:
+        `cache`, as above."""
         now, before = set(stage.plan.layers), set(last.plan.layers)
         changes = [
             f"{word} {format_layers(blocks)}"
@@ -114,7 +116,7 @@ class Report:
             if blocks
         ]
         told = f"Step {stage.start}: {', '.join(changes)}; {stage.plan.n_trained:,} parameters train."
-        return told if cache is None else f"{told}\n{_of_cache(cache)}"
+        return told if stage.untouched == last.untouched else f"{told}\n{_of_cache(cache)}"
 
     def closing(
         self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange, rows: list[dict[str, Any]]
@@ -201,6 +203,12 @@ class Report:
             f"{outcome.tokens / max(outcome.seconds, 1e-9):,.0f} tokens/s, peak memory {peak_memory(self.device)}"
         )
         return lines
+
+    def _hungriest(self, tokens: int, targets: int) -> FreezePlan:
+        """The plan of the stage that needs the most memory."""
+        alike = {(stage.plan.n_trained, stage.plan.lowest): stage.plan for stage in self.stages}
+        given = self.job.precision, self.job.checkpoint.dtype, tokens, targets
+        return max(alike.values(), key=lambda plan: estimate_memory(plan, *given).total)
 
     def _micro_batch(self) -> tuple[int, int]:
         """Tokens and targets in the largest micro-batch that can happen."""

@@ -14,7 +14,7 @@ from litfreeze.data.samples import Sample, Samples
 from litfreeze.errors import UsageError
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.layers import format_layers
-from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.freeze.savings import READS, WRITES, Rows, matmul_rate, work
 from litfreeze.freeze.thaw import Stage
 from litfreeze.model import GPT
@@ -49,39 +49,18 @@ def choose_reuse(
     gpt: GPT,
     samples: Samples,
     schedule: Schedule,
-    stage: Stage,
-    until: int,
+    stages: Sequence[Stage],
     released: bool,
     before: Optional[bool] = None,
 ) -> Reuse:
-    """Opens the cache of the frozen prefix for the steps from `stage` to `until`, below what has trained by then, if
-    keeping it is wanted, exact and pays. `released` says that its weights have left `gpt`.
+    """Opens the cache of the frozen prefix for `stages`, which all have the same one, if keeping it is wanted, exact
+    and pays. `released` says that its weights have left `gpt`.
 
     It pays if the arithmetic it spares takes longer than writing and reading what is kept; a run that goes on does as
     it did `before`, whatever a clock says now, so that it stays its twin to the bit. Raises UsageError for a folder
-    that cannot be used, or has no room for what --stream_frozen has to keep."""
-    reuse = _choose(fabric, job, gpt, samples, schedule, stage, until, released, before)
-    if job.frozen.stream_frozen and reuse.prefix is None:
-        raise UsageError(f"--stream_frozen needs the cache, which is {reuse.told}")
-    return reuse
-
-
-def _nothing_below(plan: FreezePlan) -> str:
-    return f"{'the embedding' if plan.lowest < 0 else 'block 0'} trains, so nothing below it is frozen"
-
-
-def _choose(
-    fabric: Fabric,
-    job: Job,
-    gpt: GPT,
-    samples: Samples,
-    schedule: Schedule,
-    stage: Stage,
-    until: int,
-    released: bool,
-    before: Optional[bool],
-) -> Reuse:
-    frozen, stop = job.frozen, stage.untouched
+    that cannot be used."""
+    frozen, stage, until = job.frozen, stages[0], stages[-1].stop
+    stop = stage.untouched
     if frozen.cache == "auto" and before is False:
         return Reuse(None, "off, as before the interruption.")
     if frozen.cache == "off":
@@ -142,6 +121,10 @@ def _needed(count: int, job: Job, schedule: Schedule, start: int, stop: int) -> 
     return list(found)
 
 
+def _nothing_below(plan: FreezePlan) -> str:
+    return f"{'the embedding' if plan.lowest < 0 else 'block 0'} trains, so nothing below it is frozen"
+
+
 def _weighed(saved: float, cost: float) -> str:
     return f"save {saved:.1f} s of arithmetic in this run and cost {cost:.1f} s of reading and writing"
 
@@ -156,7 +139,10 @@ def _open_store(job: Job, stop: int, gpt: GPT, device: torch.device, dtype: torc
     root = _root(job)
     names = prefix_names(checkpoint.layout(), stop)
     hashes = {n: f"{checkpoint.dtype(n)} {sha256(checkpoint.read(n), checkpoint.dtype(n))}" for n in names}
-    key = prefix_key(gpt.config, stop, hashes, job.precision, device, dtype)
+    lora = checkpoint.lora
+    below = [name for name in (lora.ranks if lora else ()) if block_of(name) in range(stop)]
+    scales = {name: lora.scale(name) for name in below}
+    key = prefix_key(gpt.config, stop, hashes, job.precision, device, dtype, scales)
     about = {"model": checkpoint.path.resolve().name, "layers": f"0-{stop - 1}", "precision": job.precision.name}
     return ActivationStore(root, key, width, dtype, about), f"in {root / key[:12]}…"
 

@@ -3,6 +3,7 @@
 Every method comes through here; it brings its plan: what trains."""
 
 import random
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +48,6 @@ def run(fabric: Fabric, job: Job) -> Result:
     check_optimizer(job.plan, job.train.optimizer, fabric.device)
     if job.frozen.fused_backward:
         check_fused_backward(job.train, job.precision.name, fabric.world_size)
-    if job.frozen.freeze_quantize:
-        check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device)
     check_reuse(job.frozen, job.plan, fabric.device)
     fabric.seed_everything(job.seed, workers=False, verbose=False)
     tokenizer = job.checkpoint.tokenizer()
@@ -58,6 +57,8 @@ def run(fabric: Fabric, job: Job) -> Result:
     saved_prompt = prompt.to_dict() if prompted else job.checkpoint.prompt
     schedule = Schedule.plan(len(samples.train), job.train, job.eval)
     planned = stages(job.plan, job.thawing, schedule.max_steps, schedule.steps_per_epoch, schedule.warmup)
+    if job.frozen.freeze_quantize:
+        check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device, planned[0].untouched)
     out_dir = fabric.broadcast(claim(job.out_dir, job.method) if fabric.is_global_zero else None)
     job = replace(job, checkpoint=_with_base_on_disk(fabric, job.checkpoint, out_dir))
     keeper = Keeper(job, out_dir, samples, schedule, planned, saved_prompt)
@@ -70,7 +71,7 @@ def run(fabric: Fabric, job: Job) -> Result:
     with ExitStack() as to_close:
         to_close.callback(monitor.close)
         to_close.push(lambda kind, *_: monitor.say(keeper.stopped()) if kind is KeyboardInterrupt else None)
-        gpt = _load(fabric, job, planned[i], monitor)
+        gpt = _load(fabric, job, planned, i, monitor)
         ready = make_ready(fabric, job, gpt, samples, schedule, planned, i, cached=kept.get("cached"))
         to_close.callback(lambda: ready.prefix and ready.prefix.store.close())
         monitor.say(report.arithmetic(ready.stage, ready.reuse.told, ready.reuse.size))
@@ -101,19 +102,18 @@ def run(fabric: Fabric, job: Job) -> Result:
             return fabric.broadcast(proof)
 
         while True:
-            if job.frozen.stream_frozen:
+            if job.frozen.stream_frozen and outcome.step < ready.stage.stop:
                 ready.prefix.fill_all(fabric.global_rank, fabric.world_size, fabric.barrier)
             outcome = fit(
                 fabric, ready.model, ready.optimizer, *ready.feeds, schedule, job.train, job.eval, monitor, save,
                 job.seed, outcome, ready.fused, ready.stage.stop,
             )  # fmt: skip
-            prefix = ready.prefix
             if outcome.step == schedule.max_steps or outcome.stopped:
                 break
             i += 1
             ready = make_ready(fabric, job, gpt, samples, schedule, planned, i, ready)
-            other = ready.reuse.told if ready.prefix is not prefix else None
-            monitor.say(report.next_stage(ready.stage, planned[i - 1], other))
+            monitor.say(report.next_stage(ready.stage, planned[i - 1], ready.reuse.told))
+        prefix = ready.prefix
         if prefix is not None and prefix.store.full:
             monitor.say(f"Cache     {prefix.store.full}: nothing more was kept, and what was missing ran again.")
         ready.plain.state.clear()  # makes room for the whole model, part of which may have left memory
@@ -134,9 +134,9 @@ def run(fabric: Fabric, job: Job) -> Result:
     return Result(out_dir, out_dir / FINAL, outcome, proof)
 
 
-def _load(fabric: Fabric, job: Job, stage: Stage, monitor: Monitor) -> GPT:
-    """The model, each weight in the dtype it is kept in during `stage`; what may thaw later is still frozen."""
-    checkpoint, plan = job.checkpoint, job.plan
+def _load(fabric: Fabric, job: Job, planned: Sequence[Stage], i: int, monitor: Monitor) -> GPT:
+    """The model, each weight in the dtype it is kept in during stage `i`; what may thaw later is still frozen."""
+    checkpoint, plan, stage = job.checkpoint, job.plan, planned[i]
     gpt = load_model(
         checkpoint,
         lambda name: job.precision.kept(name in stage.so_far.trained, checkpoint.dtype(name)),
@@ -144,7 +144,9 @@ def _load(fabric: Fabric, job: Job, stage: Stage, monitor: Monitor) -> GPT:
         only_below(plan.config, plan.sizes, stage.untouched) if job.frozen.stream_frozen else (),
     )
     if job.frozen.freeze_quantize:
-        monitor.say(f"Quantised {quantize_frozen(gpt, plan, job.frozen.freeze_quantize, fabric.device)}\n")
+        # What lies below the first stage may become, or be, the prefix of one, which is exact
+        kind, lowest = job.frozen.freeze_quantize, planned[0].untouched
+        monitor.say(f"Quantised {quantize_frozen(gpt, plan, kind, fabric.device, lowest)}\n")
     return gpt
 
 

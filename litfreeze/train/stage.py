@@ -9,6 +9,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from litfreeze.data.samples import Samples
+from litfreeze.errors import UsageError
 from litfreeze.freeze.thaw import Stage
 from litfreeze.model import GPT
 from litfreeze.prefix.prefix import Prefix
@@ -52,18 +53,25 @@ def make_ready(
     """Makes stage `i` ready, after the stage before it or, if there was none (`last`), as the first one of this
     process. `cached` says of a run that goes on whether it had kept its frozen prefix."""
     stage = stages[i]
-    until = max(s.stop for s in stages if s.untouched == stage.untouched)
     if last is not None and last.stage.untouched == stage.untouched:
         reuse = last.reuse
     else:
-        released = job.frozen.stream_frozen if last is None else last.prefix is not None and last.prefix.released
-        reuse = choose_reuse(fabric, job, gpt, samples, schedule, stage, until, released, cached)
-        if last is not None and last.prefix is not None:
-            last.prefix.give_up(0 if reuse.prefix is None else stage.untouched)
+        alike = [s for s in stages if s.untouched == stage.untouched]
+        before = None if last is None else last.prefix
+        released = job.frozen.stream_frozen if last is None else before is not None and before.released
+        if before is not None:
+            before.store.close()  # first, so that it may make room
+        reuse = choose_reuse(fabric, job, gpt, samples, schedule, alike, released, cached)
+        if job.frozen.stream_frozen and reuse.prefix is None:
+            raise UsageError(f"--stream_frozen needs the cache, which is {reuse.told}")
+        if before is not None:
+            before.give_up(0 if reuse.prefix is None else stage.untouched)
     if last is not None:
         _thaw(job, gpt, stage, last.stage)
         if last.fused is not None:
             last.fused.close()
+        if reuse.prefix is not None and fabric.world_size > 1:
+            reuse.prefix.release()  # on all processes or none: wrapping the model compares its weights between them
     stage.plan.apply(gpt)
     model = fabric.setup_module(NextToken(gpt, job.train.activation_checkpointing))
     scaled = job.precision.name == "16-mixed"
@@ -84,4 +92,5 @@ def _thaw(job: Job, gpt: GPT, stage: Stage, last: Stage) -> None:
     for name in stage.so_far.trained - last.so_far.trained:
         owner, _, attribute = name.rpartition(".")
         weight = job.checkpoint.read(name).to(job.precision.kept(True, job.checkpoint.dtype(name))).contiguous()
+        weight = weight.to(gpt.final_norm.weight.device)
         setattr(gpt.get_submodule(owner), attribute, nn.Parameter(weight))

@@ -21,6 +21,7 @@ from litfreeze.checkpoint.tensors import (
     SAFETENSORS_DTYPES,
     TensorDirectory,
     TensorFile,
+    is_mapped,
     pieces,
     replace_directory,
     settle_directory,
@@ -411,3 +412,15 @@ def test_what_was_read_may_be_changed_and_the_file_reads_as_before(tmp_path, suf
     file = TensorFile(path)
     file.read("a").add_(1)
     assert torch.equal(file.read("a"), torch.ones(3, 4)) and torch.equal(file.read("b"), torch.zeros(2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted as Linux shows them")
+def test_what_is_mapped_holds_no_file_open_and_knows_itself(tmp_path):
+    """A large model has more tensors than a process may have files."""
+    weights = {f"w{i}": torch.full((3, i + 1), float(i)) for i in range(40)}
+    safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+    file, before = TensorFile(tmp_path / "w.safetensors"), len(list(Path("/proc/self/fd").iterdir()))
+    read = {name: file.read(name) for name in weights}
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert all(torch.equal(read[name], weights[name]) and is_mapped(read[name]) for name in weights)
+    assert not any(is_mapped(tensor.double()) or is_mapped(tensor.clone()) for tensor in read.values())

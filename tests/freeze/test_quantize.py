@@ -15,7 +15,7 @@ from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
-from litfreeze.freeze.args import FrozenArgs
+from litfreeze.freeze.args import FrozenArgs, ThawArgs
 from litfreeze.freeze.memory import Thrift, estimate_memory
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.quantize import Quantised, _library, check_quantize, quantised_bytes, quantize_frozen
@@ -283,3 +283,18 @@ def test_a_device_on_which_it_does_not_run_is_refused(monkeypatch):
     monkeypatch.setattr("bitsandbytes.functional.name2qmap", {})  # it keeps a table on the first device it meets
     with pytest.raises(UsageError, match="--freeze_quantize nf4: bitsandbytes does not run on meta here"):
         check_quantize(plan_from_words(DEMO.config, "0", "mlp"), "nf4", torch.device("meta"))
+
+
+def test_what_may_become_a_prefix_is_not_quantised(tmp_path, monkeypatch):
+    """Below the first stage lies what is kept for other runs, under the hash of the plain weights."""
+    words = {"eval": QUICK, "thaw": ThawArgs(unfreeze="0:9; 2:4"), "train": FEW}
+
+    def run(name: str, cache: str, **more):
+        frozen = FrozenArgs(cache="disk", cache_dir=tmp_path / cache, **more)
+        return finetune_full(out_dir=tmp_path / name, frozen=frozen, **words)
+
+    quantised = run("quantised", "cache", freeze_quantize="nf4")
+    assert quantised.proof.quantised == {"nf4": 14}  # of blocks 10 and 11; 5 to 8 lie below block 9
+    after, alone = run("after", "cache"), run("alone", "another cache")
+    first, second = (load_file(result.checkpoint_dir / "litfreeze.safetensors") for result in (after, alone))
+    assert all(torch.equal(first[name], second[name]) for name in first)

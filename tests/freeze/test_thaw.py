@@ -36,6 +36,7 @@ def test_the_demo_model_has_twelve_blocks():
         ("0:11; 20:10; 20:9", [0, 20], [[11], [9, 10, 11]]),
         ("0:11; 30:10; 60:freeze 11; 80:11", [0, 30, 60, 80], [[11], [10, 11], [10], [10, 11]]),
         ("gradual:4", [0, 25, 50, 75], [[11], [10, 11], [9, 10, 11], [8, 9, 10, 11]]),
+        ("0:8,10:", [0], [[8, 10, 11]]),
         ("0%:11; 99.9%:10", [0, 99], [[11], [10, 11]]),
     ],
 )
@@ -111,6 +112,8 @@ def test_lisa_draws_anew_at_every_interval_and_the_same_for_a_seed():
     assert len({tuple(layers) for layers in drawn}) > 2
     assert drawn == [stage.plan.layers for stage in stages(plan, Lisa(2, 15, seed=3), 100, 25)]
     assert drawn != [stage.plan.layers for stage in stages(plan, Lisa(2, 15, seed=4), 100, 25)]
+    once = stages(FreezePlan.choose(CONFIG, "4,5"), Lisa(2, 15, seed=3), 100, 25)
+    assert [(stage.start, stage.stop) for stage in once] == [(0, 100)]  # the same blocks are no other stage
     with pytest.raises(UsageError, match=r"--lisa_layers 9: only 8 blocks may train"):
         stages(plan, Lisa(9, 15, seed=3), 100, 25)
 

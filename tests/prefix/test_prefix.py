@@ -188,9 +188,11 @@ def test_what_was_damaged_is_made_again(gpt, tmp_path):
 # --- the key ----------------------------------------------------------------------------------------------------------
 
 
-def key(config=CONFIG, stop=STOP, weights=None, precision="32-true", device=CPU, dtype=torch.float32) -> str:
+def key(
+    config=CONFIG, stop=STOP, weights=None, precision="32-true", device=CPU, dtype=torch.float32, scales=None
+) -> str:
     hashes = {name: sha256(weight, weight.dtype) for name, weight in (weights or some_weights()).items()}
-    return prefix_key(config, stop, hashes, PRECISIONS[precision], device, dtype)
+    return prefix_key(config, stop, hashes, PRECISIONS[precision], device, dtype, scales or {})
 
 
 def some_weights() -> dict[str, torch.Tensor]:
@@ -223,6 +225,8 @@ CHANGES = {
     "epsilon": {"config": replace(CONFIG, norm_eps=1e-6)},
     "rotation": {"config": replace(CONFIG, rope=replace(CONFIG.rope, theta=500.0))},
     "window": {"config": replace(CONFIG, windows=(3, None, None, None))},
+    "an adapter": {"scales": {"blocks.0.attn.q_proj": 2.0}},
+    "its scale": {"scales": {"blocks.0.attn.q_proj": 1.0}},
     "activation": {"config": replace(CONFIG, activation="gelu")},
     "order of the heads": {"config": replace(CONFIG, n_head=8, head_size=16)},
 }

@@ -115,3 +115,17 @@ def test_an_exact_match_is_what_greedy_decoding_writes(gpt, way):
     samples = [Sample(tokens, label, "x:1", (4, 10)) for label in labels]  # the second is asked for another token
     scored = NextToken(gpt)(build_batch(samples, [0, 1], **way))
     assert (scored.targets, scored.right, scored.exact, scored.records) == (12, 11, 1, 2)
+
+
+def test_the_loss_is_fp32_whatever_the_default_dtype_is(gpt):
+    """Under bf16-true Fabric makes bf16 the default, in which a sum over many targets has no digits left."""
+    samples = some_samples(1.0) * 40
+    gpt.to(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        scored = NextToken(gpt)(build_batch(samples, list(range(120))))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert scored.loss.dtype == torch.float32
+    one = NextToken(gpt)(build_batch(samples, [0, 1, 2])).loss.item()
+    assert scored.loss.item() == pytest.approx(40 * one, rel=1e-4)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import FrozenArgs, ThawArgs
 from litfreeze.freeze.plan import block_of
+from litfreeze.prefix import prefix as prefix_module
 from litfreeze.train import loop
 from litfreeze.train import stage as stage_module
 from litfreeze.train.args import EvalArgs, TrainArgs
@@ -121,9 +121,14 @@ def test_it_is_what_a_loop_by_hand_does(tmp_path, data, savings, monkeypatch):
             assert torch.equal(after[name], before.read(name).float()), name
 
 
-def check_twin(tmp_path, monkeypatch, script, at: int, **words) -> None:
-    """A run that a Ctrl-C ends in step `at` goes on and ends as its twin that had none."""
-    script(out_dir=tmp_path / "whole", **words)
+def check_twin(tmp_path, monkeypatch, script, at: int, cache: str = "disk", fused: bool = False, **words) -> None:
+    """A run that a Ctrl-C ends in step `at` goes on and ends as its twin that had none, and another cache."""
+    monkeypatch.setattr(prefix_module, "AT_ONCE", 150)  # in several goes
+
+    def frozen(folder: str) -> FrozenArgs:
+        return FrozenArgs(cache=cache, cache_dir=tmp_path / folder, fused_backward=fused)
+
+    script(out_dir=tmp_path / "whole", frozen=frozen("cache of the twin"), **words)
     plain, taken = loop._step, []
 
     def step(*args):
@@ -134,7 +139,7 @@ def check_twin(tmp_path, monkeypatch, script, at: int, **words) -> None:
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "_step", step)
-        script(out_dir=tmp_path / "cut", **words)
+        script(out_dir=tmp_path / "cut", frozen=frozen("cache"), **words)
     script(resume=tmp_path / "cut")
     ours, twins = (weights(tmp_path / name / "final") for name in ("cut", "whole"))
     assert set(ours) == set(twins) and all(torch.equal(ours[name], twins[name]) for name in twins)
@@ -142,13 +147,13 @@ def check_twin(tmp_path, monkeypatch, script, at: int, **words) -> None:
 
 
 # Points to go on from are kept after steps 5 and 10, at which blocks thaw and freeze, or in between
-@pytest.mark.parametrize(("interval", "at"), [(5, 9), (5, 12), (4, 15)])
+@pytest.mark.parametrize(("interval", "at", "cache"), [(5, 9, "disk"), (5, 12, "ram"), (4, 15, "ram")])
 @pytest.mark.parametrize("script", [finetune_full, finetune_lora])
-def test_a_resumed_run_is_its_twin_to_the_bit(tmp_path, data, monkeypatch, script, interval, at):
+def test_a_resumed_run_is_its_twin_to_the_bit(tmp_path, data, monkeypatch, script, interval, at, cache):
     more = {} if script is finetune_full else {"lora_dropout": 0.3}
     check_twin(
-        tmp_path, monkeypatch, script, at, data=data, eval=EVAL, train=replace(TRAIN, save_interval=interval),
-        thaw=ThawArgs(unfreeze=TIMES), frozen=FrozenArgs(cache="disk"), **more,
+        tmp_path, monkeypatch, script, at, cache, data=data, eval=EVAL, train=replace(TRAIN, save_interval=interval),
+        thaw=ThawArgs(unfreeze=TIMES), **more,
     )  # fmt: skip
 
 
@@ -156,9 +161,8 @@ def test_a_resumed_run_is_its_twin_to_the_bit(tmp_path, data, monkeypatch, scrip
 @pytest.mark.parametrize("fused", [False, True])
 def test_so_it_is_with_lisa_and_every_optimizer(tmp_path, data, monkeypatch, optimizer, fused):
     check_twin(
-        tmp_path, monkeypatch, finetune_full, 12, data=data, eval=EVAL,
-        train=replace(TRAIN, save_interval=5, optimizer=optimizer),
-        thaw=ThawArgs(lisa_layers=2, lisa_interval=4), frozen=FrozenArgs(fused_backward=fused),
+        tmp_path, monkeypatch, finetune_full, 12, fused=fused, data=data, eval=EVAL,
+        train=replace(TRAIN, save_interval=5, optimizer=optimizer), thaw=ThawArgs(lisa_layers=2, lisa_interval=4),
     )  # fmt: skip
 
 
@@ -186,7 +190,6 @@ def test_the_person_is_told_what_thaws_and_what_becomes_of_the_cache(tmp_path, d
 
 
 def test_lisa_trains_blocks_alone_unless_more_is_asked_for(tmp_path, data):
-    random.seed(0)
     words = {"data": data, "train": replace(TRAIN, max_steps=6), "eval": EVAL}
     finetune_full(out_dir=tmp_path / "blocks", thaw=ThawArgs(lisa_layers=3, lisa_interval=2), **words)
     trained = json.loads((tmp_path / "blocks/final/litfreeze.json").read_text())["training"]["trained"]
@@ -196,3 +199,22 @@ def test_lisa_trains_blocks_alone_unless_more_is_asked_for(tmp_path, data):
     finetune_full(out_dir=tmp_path / "more", thaw=thaw, **extra, **words)
     trained = json.loads((tmp_path / "more/final/litfreeze.json").read_text())["training"]["trained"]
     assert {block_of(name) for name in trained} <= {None, 8, 9, 10, 11} and "embed.weight" in trained
+
+
+def test_what_trains_in_full_beside_an_adapter_thaws_too(tmp_path, data):
+    words = {"data": data, "train": replace(TRAIN, max_steps=6), "eval": EVAL}
+    finetune_lora(out_dir=tmp_path / "run", thaw=ThawArgs(unfreeze="0:11; 3:9"), full_layers="9", **words)
+    trained = json.loads((tmp_path / "run/final/litfreeze.json").read_text())["training"]["trained"]
+    assert {n.endswith(("lora_A", "lora_B")) for n in trained if block_of(n) == 11} == {True}
+    assert {n.endswith(("lora_A", "lora_B")) for n in trained if block_of(n) == 9} == {False}
+    # and so it does when it goes on
+    thaw = ThawArgs(unfreeze="0:9; 3:11")
+    result = finetune_lora(checkpoint_dir=tmp_path / "run/final", out_dir=tmp_path / "on", thaw=thaw, **words)
+    assert not result.proof.trained_that_did_not and not result.proof.frozen_that_changed
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_it_runs_in_every_precision(tmp_path, data, precision):
+    train, thaw = replace(TRAIN, max_steps=12, lr=2e-3), ThawArgs(unfreeze="0:11; 3:10; 6:freeze 11; 9:11")
+    result = finetune_full(out_dir=tmp_path / "run", data=data, train=train, eval=EVAL, thaw=thaw, precision=precision)
+    assert result.outcome.after.loss < 0.9 * result.outcome.before.loss and not result.proof.frozen_that_changed
