@@ -248,13 +248,21 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
-        parts = [F.linear(x, rows.to(x.dtype)) for rows in weight.split(CAST)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        parts = weight.split(CAST)
+        y = x.new_empty(*x.shape[:-1], sum(len(part) for part in parts))  # (..., out)
+        columns = y.view(-1, y.shape[-1]).split(CAST, -1)
+        for column, part in zip(columns, parts, strict=True):
+            torch.mm(x.reshape(-1, x.shape[-1]), part.to(x.dtype).T, out=column)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        parts = zip(grad.split(CAST, -1), ctx.weight.split(CAST), strict=True)
-        return sum(part @ rows.to(grad.dtype) for part, rows in parts), None
+        columns = grad.reshape(-1, grad.shape[-1]).split(CAST, -1)
+        first, *others = zip(columns, ctx.weight.split(CAST), strict=True)
+        x = first[0] @ first[1].to(grad.dtype)  # (N, in)
+        for column, part in others:
+            x.addmm_(column, part.to(grad.dtype))
+        return x.view(*grad.shape[:-1], -1), None
 
 
 class RMSNorm(nn.Module):

@@ -53,6 +53,26 @@ def test_the_folded_weight_does_what_the_layer_does(lora, seed, bias):
     torch.testing.assert_close(nn.functional.linear(x, weight, made.bias), expected, rtol=1e-4, atol=1e-4)
 
 
+@given(adapters(), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]), st.sets(st.sampled_from("xABm")))
+def test_gradients_are_those_of_the_formula(lora, bias, kept, learning):
+    made = layer(lora, bias=bias)
+    made.weight = nn.Parameter(made.weight.detach().to(kept), requires_grad=False)
+    leaves = {"x": torch.randn(3, 5, 7), "A": made.lora_A, "B": made.lora_B, "m": made.lora_magnitude}
+    leaves = {name: leaf.requires_grad_(name in learning) for name, leaf in leaves.items() if leaf is not None}
+    weight, push = made.weight.float(), torch.randn(3, 5, 11)
+
+    y = leaves["x"] @ (weight + lora.scale(MODULE) * made.lora_B @ made.lora_A).T
+    if lora.dora:
+        y = y * made.lora_magnitude / made.row_lengths()
+    y = y if made.bias is None else y + made.bias
+    wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    told = made(leaves["x"])
+    torch.testing.assert_close(told, y, rtol=1e-4, atol=1e-4)
+    if wanted:
+        theirs, ours = (torch.autograd.grad(out, [leaves[name] for name in wanted], push) for out in (y, told))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @given(adapters(), st.integers(0, 1000))
 def test_row_lengths_are_those_of_the_sum(lora, seed):
     made = layer(lora, seed)

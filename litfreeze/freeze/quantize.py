@@ -81,7 +81,7 @@ class Quantised(nn.Parameter):
         return made
 
     def split(self, size: int) -> list[Any]:
-        """Rows, `size` at a time; each part has `.to(dtype)`."""
+        """Rows, `size` at a time; each part has a length and `.to(dtype)`."""
         assert size == CAST, size
         return self.parts
 
@@ -103,6 +103,9 @@ class Int8Rows:
         """`rows` (R, in) of any floats."""
         steps, largest, _ = _library("int8").int8_vectorwise_quant(rows.float().cpu())  # on CUDA it would want fp16
         return cls(steps.to(device), (largest / 127)[:, None].to(device))
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """(R, in)."""
@@ -128,6 +131,9 @@ class NF4Rows:
         """`rows` (R, in) of any floats."""
         rows = rows.to(device, torch.float32).contiguous()
         return cls(*_library("nf4").quantize_4bit(rows, quant_type="nf4", compress_statistics=True))
+
+    def __len__(self) -> int:
+        return self.state.shape[0]
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """(R, in)."""
