@@ -9,6 +9,10 @@ is the number of positions it sees, itself included; None for all.
 
 Shapes: B batch, T query positions, S key positions, N rows of a stream, H n_head, G n_query_groups, D head_size."""
 
+import inspect
+from collections.abc import Callable
+from functools import cache
+from itertools import accumulate
 from typing import NamedTuple, Optional, Protocol
 
 import torch
@@ -72,23 +76,50 @@ class Span(NamedTuple):
     before: tuple[tuple[int, int], ...] = ()
 
 
+class Stretches(NamedTuple):
+    """Neighbouring queries, stretch by stretch, each with keys of its own of which the last is that of its last query:
+    what a kernel for sequences of several lengths takes.
+
+    Attributes:
+        queries: (S + 1,) int32, where each of the S stretches begins in q, and where the last ends.
+        keys: The same for its keys.
+        rows: (K,) int64, the rows of the stream that are the keys, stretch by stretch; None for all rows as they are.
+        longest: The most queries and the most keys of a stretch.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    rows: Optional[Tensor]
+    longest: tuple[int, int]
+
+    def to(self, device: torch.device) -> "Stretches":
+        """The same on `device`."""
+        return Stretches(*(None if part is None else part.to(device) for part in self[:3]), self.longest)
+
+
 class Packed:
     """Sequences in one stream of N rows, each span looking at what comes before it and at itself.
 
     It answers the queries of every row or, if it is made with `rows` (M,), in rising order, of these alone: it is then
-    called with q (M, H, D) beside k and v (N, G, D)."""
-
-    kernel = "scaled_dot_product_attention of each span"
+    called with q (M, H, D) beside k and v (N, G, D). One call of a kernel answers them all where there is such a
+    kernel, and elsewhere one call for each span."""
 
     def __init__(self, spans: list[Span], rows: Optional[Tensor] = None) -> None:
         self.spans = spans
         self.asking = [self._asking(span, None) for span in spans]
         self.few = None if rows is None else [self._asking(span, rows) for span in spans]
         self.masks: dict[tuple[int, Optional[int], bool], Optional[Tensor]] = {}
+        self.laid: dict[bool, Stretches] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: Optional[int], layer: int) -> Tensor:
         """(N, H, D), or (M, H, D), and (N, G, D) to what q is."""
         every = len(q) == len(k)
+        if (kernel := at_once(v.device, v.dtype, v.shape[-1])) is not None:
+            if every not in self.laid:
+                self.laid[every] = self.stretches(every).to(v.device)
+            rows, k = self.laid[every].rows, k.to(v.dtype)
+            keys, values = (k, v) if rows is None else (k.index_select(0, rows), v.index_select(0, rows))  # (K, G, D)
+            return kernel(q.to(v.dtype), keys, values, self.laid[every], window)
         seen = []
         for i, (first, last, positions) in enumerate(self.asking if every else self.few):
             if first == last:
@@ -99,6 +130,23 @@ class Packed:
             keys, values = (self._of(self.spans[i], t) for t in (k, v))  # (1, S, G, D)
             seen.append(attend(q[None, first:last], keys, values, self.masks[i, window, every])[0])
         return torch.cat(seen) if len(seen) > 1 else seen[0]
+
+    def stretches(self, every: bool) -> Stretches:
+        """Of the queries of every row, or of those alone that it was made with."""
+        queries, keys, rows = [], [], []
+        for span, (first, last, positions) in zip(self.spans, self.asking if every else self.few, strict=True):
+            if first == last:
+                continue
+            ends = torch.cat([torch.nonzero(positions.diff() != 1)[:, 0], torch.tensor([last - first - 1])])
+            seen = torch.cat([torch.arange(start, stop) for start, stop in (*span.before, span[:2])])
+            for n, end in zip(ends.diff(prepend=torch.tensor([-1])).tolist(), positions[ends].tolist(), strict=True):
+                queries.append(n)
+                keys.append(end + 1)
+                rows.append(seen[: end + 1])
+        starts = (torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
+        row = torch.cat(rows)
+        plain = torch.equal(row, torch.arange(self.spans[-1].stop))
+        return Stretches(*starts, None if plain else row, (max(queries), max(keys)))
 
     @staticmethod
     def _of(span: Span, t: Tensor) -> Tensor:
@@ -118,6 +166,40 @@ class Packed:
             return span.start, span.stop, torch.arange(before, before + span.stop - span.start)
         first, last = torch.searchsorted(rows, torch.tensor([span.start, span.stop])).tolist()
         return first, last, rows[first:last] - span.start + before
+
+
+def kernel_name(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """By what `Packed` answers, for who keeps what came of it: kernels round differently."""
+    kernel = at_once(device, dtype, head_size)
+    return f"{'scaled_dot_product_attention of each span' if kernel is None else kernel.__name__} on {device.type}"
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Stretches, Optional[int]], Tensor]
+
+
+@cache
+def at_once(device: torch.device, dtype: torch.dtype, head_size: int) -> Optional[Kernel]:
+    """What answers all stretches in one call on `device`; None where nothing does. FlashAttention-2 wants CUDA of
+    Ampere or later, a half-precision dtype and heads of at most 256, in eights; older versions of torch do not have
+    it, or not with windows and groups."""
+    fits = dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+    if device.type != "cuda" or not fits or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return flash_varlen if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+def flash_varlen(q: Tensor, keys: Tensor, values: Tensor, stretches: Stretches, window: Optional[int]) -> Tensor:
+    """q (M, H, D) with the keys and values (K, G, D) of its stretches to (M, H, D), by FlashAttention-2 (Dao, arXiv
+    2307.08691). Its causal mask is drawn from the last query and the last key, as `Stretches` has them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    left = -1 if window is None else window - 1
+    starts = stretches.queries, stretches.keys
+    return varlen_attn(q, keys, values, *starts, *stretches.longest, window_size=(left, 0), enable_gqa=True)
 
 
 class LayerCache:

@@ -15,7 +15,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from litfreeze.attention import Packed
+from litfreeze.attention import kernel_name
 from litfreeze.checkpoint.tensors import as_bytes, is_mapped
 from litfreeze.config import Config
 from litfreeze.data.batches import Batch, build_batch
@@ -296,7 +296,7 @@ def prefix_key(
         "weights": dict(sorted(hashes.items())),
         "precision": precision.name,
         "positions": "from 0 in each record",
-        "kernel": f"{Packed.kernel} on {device.type}, torch {torch.__version__}",
+        "kernel": f"{kernel_name(device, precision.compute, config.head_size)}, torch {torch.__version__}",
         "dtype": str(dtype),
         **({"adapters": dict(sorted(scales.items()))} if scales else {}),
     }
