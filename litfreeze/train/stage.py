@@ -1,6 +1,7 @@
 """What the loop needs in one stage of a run, made from what the stage before it left."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -66,6 +67,18 @@ def make_ready(
             raise UsageError(f"--stream_frozen needs the cache, which is {reuse.told}")
         if before is not None:
             before.give_up(0 if reuse.prefix is None else stage.untouched)
+    with ExitStack() as if_it_fails:
+        if reuse.prefix is not None:
+            if_it_fails.callback(reuse.prefix.store.close)
+        ready = _over(reuse, fabric, job, gpt, samples, stage, last)
+        if_it_fails.pop_all()
+    return ready
+
+
+def _over(
+    reuse: Reuse, fabric: Fabric, job: Job, gpt: GPT, samples: Samples, stage: Stage, last: Optional[Ready]
+) -> Ready:
+    """What the loop needs above what is reused."""
     if last is not None:
         _thaw(job, gpt, stage, last.stage)
         if last.fused is not None:
