@@ -22,6 +22,7 @@ COMMANDS = {
     "convert to_hf": "litfreeze.scripts.convert:to_hf",
     "convert from_peft": "litfreeze.scripts.convert:from_peft",
     "convert to_peft": "litfreeze.scripts.convert:to_peft",
+    "expand": "litfreeze.scripts.expand:setup",
     "init": "litfreeze.scripts.init:setup",
     "cache ls": "litfreeze.scripts.cache:ls",
     "cache rm": "litfreeze.scripts.cache:rm",

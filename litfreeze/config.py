@@ -6,7 +6,7 @@ mathematics alone, or refused: a field that is silently dropped would be a wrong
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -58,6 +58,7 @@ class Config:
     parallel_residual: bool = False
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    new_blocks: tuple[int, ...] = ()  # that `litfreeze expand` put in: it writes this field, other tools ignore it
 
     @classmethod
     def from_file(cls, path: Path) -> "Config":
@@ -79,6 +80,7 @@ class Config:
             if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
                 raise UsageError(f"{source}: architecture {architecture} is not a causal language model.")
         config = FAMILIES[model_type](fields, model_type)
+        config = replace(config, new_blocks=fields.blocks("new_blocks", config.n_layer))
         fields.refuse_the_rest()
         _check(config, source)
         return config
@@ -291,6 +293,14 @@ class _Fields:
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise UsageError(f"{self.source}: {key} is {value!r}; it must be a list of words.")
         return value
+
+    def blocks(self, key: str, n_layer: int) -> tuple[int, ...]:
+        """Rising ids of some of `n_layer` blocks."""
+        value = self.take(key, None) or []
+        whole = isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+        if not whole or sorted(set(value)) != value or (value and not 0 <= value[0] <= value[-1] < n_layer):
+            raise UsageError(f"{self.source}: {key} is {value!r}; it must be a rising list of ids below {n_layer}.")
+        return tuple(value)
 
     def activation(self, key: str, default: str) -> str:
         name = self.take(key, default)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from litfreeze.checkpoint.tensors import pieces
 from litfreeze.config import Config
 from litfreeze.errors import UsageError, did_you_mean
 from litfreeze.freeze.layers import GRAMMAR, WORDS, Spec, format_layers, parse_layers
-from litfreeze.freeze.plan import EXTRAS, block_of
+from litfreeze.freeze.plan import EXTRAS, Part, part_of
 from litfreeze.model import meta_parameters
-
-Part = Union[int, str]  # a block's id; or embed, final_norm, head
 
 STRETCH = 2**20  # elements in work at once: 8 MiB for each copy in fp64
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -176,7 +174,7 @@ class Comparison:
         """Part by part, bottom to top, what changed in each of its modules: {10: {"norm_1": …, "q_proj": …}}."""
         found: dict[Part, dict[str, Change]] = {}
         for name, change in self.changes.items():
-            inside, module = found.setdefault(_part_of(name), {}), name.split(".")[-2]
+            inside, module = found.setdefault(part_of(name), {}), name.split(".")[-2]
             inside[module] = inside.get(module, Change()) + change
         return found
 
@@ -202,7 +200,7 @@ class Comparison:
             return ""
         told = []
         if others := [part for part in self.changed if part not in self.expected]:
-            first = next(n for n, c in self.changes.items() if c.tensors_changed and _part_of(n) in others)
+            first = next(n for n, c in self.changes.items() if c.tensors_changed and part_of(n) in others)
             count = sum(self.parts[part].tensors_changed for part in others)
             told.append(f"{_describe(others)} ({_tensors(count)}, such as {first})")
         if self.config_changes:
@@ -329,7 +327,7 @@ def _expected_parts(spec: Spec, config: Config) -> list[Part]:
         raise UsageError("--expect_only: 'none' stands alone.")
     if config.tie_embeddings and "head" in extras and "embed" not in extras:
         raise UsageError("--expect_only head: in both models the head is the embedding, one tensor. Say embed.")
-    blocks = parse_layers(layers if layers or not extras else "none", config.n_layer, option="expect_only")
+    blocks = parse_layers(layers if layers or not extras else "none", config.n_layer, "expect_only", config.new_blocks)
     return [*blocks, *(w for w in EXTRAS if w in extras and not (w == "head" and config.tie_embeddings))]
 
 
@@ -348,11 +346,6 @@ def _differences(a: Any, b: Any, within: str = "") -> list[str]:
         else:
             found.append(f"{within}{field.name} is {str(x)[:40]} in A and {str(y)[:40]} in B")
     return found
-
-
-def _part_of(name: str) -> Part:
-    block = block_of(name)
-    return name.partition(".")[0].removeprefix("pos_") if block is None else block
 
 
 def _name(part: Part) -> str:

@@ -60,9 +60,10 @@ def _fresh(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint
     full = weights_in_full(config, options.full_layers, options.trainable_extra)
     layers = options.trainable_layers
     if layers is None:
-        thawing = thawing_layers(config.n_layer, options.thaw)
+        thawing = thawing_layers(config, options.thaw)
         blocks = parse_layers("all" if thawing is None else thawing, config.n_layer)
-        taken = parse_layers("none" if options.full_layers is None else options.full_layers, config.n_layer)
+        taken = options.full_layers if options.full_layers is not None else "none"
+        taken = parse_layers(taken, config.n_layer, "full_layers", config.new_blocks)
         layers = format_layers(i for i in blocks if i not in taken)
     targets = adapter_targets(config, layers, "all" if options.lora_targets is None else options.lora_targets)
     chosen = {
@@ -141,7 +142,7 @@ def _compare_places(opened: Checkpoint, options: SimpleNamespace) -> None:
     asked = blocks
     wrong = None
     if options.trainable_layers is not None:
-        asked = parse_layers(options.trainable_layers, config.n_layer)
+        asked = parse_layers(options.trainable_layers, config.n_layer, new=config.new_blocks)
         wrong = "trainable_layers" if asked != blocks else None
     if wrong is None and options.lora_targets is not None:
         targets = adapter_targets(config, format_layers(asked), options.lora_targets)

@@ -24,6 +24,7 @@ def setup(
     freeze_trainable_modules: Names = None,
     freeze_extra_modules: Names = None,
     freeze_trainable_layers_ids: Layers = None,
+    use_llama_pro: bool = False,
     data: DataArgs = DataArgs(),
     train: TrainArgs = TrainArgs(),
     eval: EvalArgs = EvalArgs(),
@@ -44,8 +45,8 @@ def setup(
         out_dir: Where the run is written; by default a new folder `out/finetune/full`.
         base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
         resume: Go on with an interrupted run: its folder, or the newest one if none is named. It keeps its options.
-        trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  all  none. By default
-            the whole model trains.
+        trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  new  all  none. By
+            default the whole model trains.
         trainable_modules: Inside those blocks only: attn, mlp, norm, q_proj, ...; a glob; or re:... on full names.
         trainable_extra: Also outside the blocks: embed, head, final_norm.
         untie_embeddings: Give a head that is tied to the embedding a copy of its own.
@@ -53,6 +54,7 @@ def setup(
         freeze_trainable_modules: LLaMA-Factory's word for trainable_modules.
         freeze_extra_modules: LLaMA-Factory's word for trainable_extra.
         freeze_trainable_layers_ids: Block ids in the style of the LLaMA-Factory patches: 1,2,10.
+        use_llama_pro: With freeze_trainable_layers n: the last block of each of n equal groups, as there.
         data: The records to learn from.
         train: How long and how fast to train.
         eval: When to measure.
@@ -93,6 +95,7 @@ def setup(
         freeze_trainable_modules=o.freeze_trainable_modules,
         freeze_extra_modules=o.freeze_extra_modules,
         freeze_trainable_layers_ids=o.freeze_trainable_layers_ids,
+        use_llama_pro=o.use_llama_pro,
         thaw=o.thaw,
     )
     if o.save != "full" and plan.trained == set(plan.sizes):

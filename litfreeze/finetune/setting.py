@@ -97,7 +97,7 @@ def start(
         seed=options.seed,
         recipe=recipe_yaml(script, {**vars(options), "train": train, "precision": precision.name}),
         frozen=options.frozen,
-        thawing=thawing_from_words(plan.n_layer, options.thaw, options.seed),
+        thawing=thawing_from_words(plan.config, options.thaw, options.seed),
         resume=bool(options.resume),
         **more,
     )

@@ -1,11 +1,11 @@
 """Layer specs: the words a person uses for blocks, and the block ids they mean.
 
-    10,11   0-3,8   -2:   -1   last:8   first:4   every:4   20%-80%   all   none
+    10,11   0-3,8   -2:   -1   last:8   first:4   every:4   20%-80%   new   all   none
 
 One grammar for the command line, YAML (list, int, string) and Python. No heavy import here."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import index
 from typing import SupportsIndex, Union
 
@@ -16,17 +16,18 @@ Spec = Union[int, str, Iterable[Union[int, str]]]
 Layers = Union[str, int, list[Union[str, int]], None]
 Names = Union[str, list[str], None]
 
-GRAMMAR = "10,11  0-3  -1  -2:  last:8  first:4  every:4  20%-80%  all  none"
-WORDS = ("all", "none", "first", "last", "every")
+GRAMMAR = "10,11  0-3  -1  -2:  last:8  first:4  every:4  20%-80%  new  all  none"
+WORDS = ("all", "none", "new", "first", "last", "every")
 
 
-def parse_layers(spec: Spec, n_layer: int, option: str = "trainable_layers") -> list[int]:
-    """The sorted block ids that `spec` names in a model of `n_layer` blocks.
+def parse_layers(spec: Spec, n_layer: int, option: str = "trainable_layers", new: Sequence[int] = ()) -> list[int]:
+    """The sorted block ids that `spec` names in a model of `n_layer` blocks, of which `new` were put in by
+    `litfreeze expand`.
 
     Parts are joined by commas (or are the elements of a list), and a block named twice counts once:
     `10` and `-1` are single ids; `0-3` and `20%-80%` are ranges (ids inclusive; percents of the depth, the end
     exclusive); `-2:` is from there to the top; `first:4` and `last:8` count from an end; `every:4` is the 4th, 8th, …
-    block, as LLaMA-Pro spaces its own; `all`; `none` stands alone.
+    block, as LLaMA-Pro spaces its own; `new` is those put in; `all`; `none` stands alone.
 
     Raises UsageError for anything else: out of range, falling or empty ranges, empty parts, nonsense. Its text names
     `option`, where the words came from."""
@@ -37,7 +38,7 @@ def parse_layers(spec: Spec, n_layer: int, option: str = "trainable_layers") -> 
         return []
     chosen: set[int] = set()
     for part in parts:
-        chosen.update(_parse_part(part, n_layer))
+        chosen.update(_new(new) if part == "new" else _parse_part(part, n_layer))
     return sorted(chosen)
 
 
@@ -51,6 +52,14 @@ def format_layers(ids: Iterable[int]) -> str:
             runs.append([i])
     shown = [",".join(map(str, run)) if len(run) < 3 else f"{run[0]}-{run[-1]}" for run in runs]
     return ",".join(shown) or "none"
+
+
+def spread(n_layer: int, count: int, option: str) -> list[int]:
+    """The last block of each of `count` equal groups. Raises UsageError, naming `option`, if they cannot be."""
+    if count < 1 or n_layer % count:
+        fits = ", ".join(str(n) for n in range(1, n_layer + 1) if n_layer % n == 0)
+        raise UsageError(f"--{option} {count}: {n_layer} blocks do not make so many equal groups. Choose from {fits}.")
+    return list(range(n_layer // count - 1, n_layer, n_layer // count))
 
 
 def _parts(spec: Spec, option: str) -> list[str]:
@@ -84,6 +93,12 @@ def _parse_part(part: str, n_layer: int) -> Iterable[int]:
     if word in ("first", "last", "every"):
         raise UsageError(f"Layers {part!r}: {word} takes a count, as in {word}:4.")
     raise UsageError(f"Layers {part!r} are not understood.{did_you_mean(word, WORDS)} Examples: {GRAMMAR}.")
+
+
+def _new(new: Sequence[int]) -> Sequence[int]:
+    if not new:
+        raise UsageError("Layers 'new': this model has no new blocks. litfreeze expand puts them in.")
+    return new
 
 
 def _id(part: str, n_layer: int, text: str) -> int:

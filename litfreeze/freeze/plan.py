@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from litfreeze.errors import RunError, UsageError, did_you_mean
 from litfreeze.freeze.layers import Spec, format_layers, parse_layers
 from litfreeze.lora import B, LoRA, is_lora, linear_layers, model_parameters
 
+Part = Union[int, str]  # a block's id, or one of
 EXTRAS = ("embed", "head", "final_norm")
 NORMS = ("norm_1", "norm_2", "q_norm", "k_norm")
 
@@ -47,7 +48,7 @@ class FreezePlan:
         regular expression that must match the full name. Raises UsageError if a word matches nothing, nothing is left
         to train, or a tied head is asked for without the embedding it is the same tensor as."""
         sizes = _sizes(config)
-        chosen = set(parse_layers(layers, config.n_layer))
+        chosen = set(parse_layers(layers, config.n_layer, new=config.new_blocks))
         inside = [name for name in sizes if block_of(name) in chosen]
         if modules is not None:
             inside = narrow(inside, list(modules), all_names=[n for n in sizes if block_of(n) is not None])
@@ -195,6 +196,12 @@ def block_of(name: str) -> Optional[int]:
     """The block that a parameter belongs to, None outside of the blocks."""
     first, _, rest = name.partition(".")
     return int(rest.partition(".")[0]) if first == "blocks" else None
+
+
+def part_of(name: str) -> Part:
+    """The block that a parameter belongs to, or which of `EXTRAS`."""
+    block = block_of(name)
+    return name.partition(".")[0].removeprefix("pos_") if block is None else block
 
 
 def _inner(name: str) -> str:

@@ -135,7 +135,7 @@ class Unfreezing:
     changes: tuple[Change, ...]
 
     @classmethod
-    def parse(cls, text: str, n_layer: int) -> "Unfreezing":
+    def parse(cls, text: str, n_layer: int, new: Sequence[int] = ()) -> "Unfreezing":
         """Raises UsageError for words that are not understood, and for blocks that the model does not have."""
         if found := re.fullmatch(r"\s*gradual:([0-9]{1,9})\s*", text):
             count = int(found[1])
@@ -152,7 +152,7 @@ class Unfreezing:
                 raise UsageError(f"--unfreeze {part.strip()!r}: a semicolon stands between changes, as in {GRAMMAR}.")
             word, _, rest = layers.strip().partition(" ")
             freeze = word == "freeze"
-            blocks = frozenset(parse_layers(rest if freeze else layers, n_layer, option="unfreeze"))
+            blocks = frozenset(parse_layers(rest if freeze else layers, n_layer, "unfreeze", new))
             if not blocks:
                 raise UsageError(f"--unfreeze {part.strip()!r} names no block.")
             changes.append(Change(Time.parse(when.strip()), blocks, freeze))

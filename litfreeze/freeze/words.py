@@ -5,7 +5,7 @@ from typing import Optional
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
 from litfreeze.freeze.args import ThawArgs
-from litfreeze.freeze.layers import Names, Spec, format_layers, parse_layers
+from litfreeze.freeze.layers import Names, Spec, format_layers, parse_layers, spread
 from litfreeze.freeze.plan import FreezePlan, block_of, narrow
 from litfreeze.freeze.thaw import Lisa, Thawing, Unfreezing
 from litfreeze.lora import linear_layers
@@ -20,7 +20,7 @@ def weights_in_full(config: Config, layers: Optional[Spec], extra: Names) -> fro
     """The weights that train themselves beside an adapter: all of the blocks `layers`, and the extras."""
     if layers is None and extra is None:
         return frozenset()
-    parse_layers("none" if layers is None else layers, config.n_layer, option="full_layers")
+    parse_layers("none" if layers is None else layers, config.n_layer, "full_layers", config.new_blocks)
     words = [EXTRA_ALIASES.get(word, word) for word in _split(extra) or ()]
     if not words and layers == "none":
         return frozenset()
@@ -36,6 +36,7 @@ def plan_from_words(
     freeze_trainable_modules: Names = None,
     freeze_extra_modules: Names = None,
     freeze_trainable_layers_ids: Optional[Spec] = None,
+    use_llama_pro: bool = False,
     thaw: ThawArgs = ThawArgs(),
 ) -> FreezePlan:
     """The plan these words ask for; with no word at all, everything trains. It has all that trains at any time.
@@ -43,9 +44,9 @@ def plan_from_words(
     Raises UsageError for words that contradict each other, and for all that `FreezePlan.choose` refuses."""
     layers = _one_of(
         trainable_layers=trainable_layers,
-        freeze_trainable_layers=_count_from_an_end(freeze_trainable_layers, config.n_layer),
+        freeze_trainable_layers=_llama_factorys_count(config, freeze_trainable_layers, use_llama_pro),
         freeze_trainable_layers_ids=freeze_trainable_layers_ids,
-        unfreeze=thawing_layers(config.n_layer, thaw),
+        unfreeze=thawing_layers(config, thaw),
     )
     if layers is None and thaw.lisa_layers is not None:
         layers = "all"
@@ -62,15 +63,16 @@ def plan_from_words(
     return FreezePlan.choose(config, "all" if layers is None else layers, modules, extra)
 
 
-def thawing_layers(n_layer: int, thaw: ThawArgs) -> Optional[Spec]:
+def thawing_layers(config: Config, thaw: ThawArgs) -> Optional[Spec]:
     """The blocks that `--unfreeze` names; None without it."""
-    return None if thaw.unfreeze is None else format_layers(Unfreezing.parse(thaw.unfreeze, n_layer).blocks)
+    thawing = Unfreezing.parse(thaw.unfreeze, config.n_layer, config.new_blocks) if thaw.unfreeze is not None else None
+    return thawing and format_layers(thawing.blocks)
 
 
-def thawing_from_words(n_layer: int, thaw: ThawArgs, seed: int) -> Optional[Thawing]:
+def thawing_from_words(config: Config, thaw: ThawArgs, seed: int) -> Optional[Thawing]:
     """When blocks train, if not from beginning to end."""
     if thaw.unfreeze is not None:
-        return Unfreezing.parse(thaw.unfreeze, n_layer)
+        return Unfreezing.parse(thaw.unfreeze, config.n_layer, config.new_blocks)
     return None if thaw.lisa_layers is None else Lisa(thaw.lisa_layers, thaw.lisa_interval or LISA_INTERVAL, seed)
 
 
@@ -79,7 +81,7 @@ def adapter_targets(config: Config, layers: Spec, targets: Names) -> list[str]:
     `--trainable_modules`; `head` stands outside the blocks. In the model's order.
 
     Raises UsageError for a word that matches nothing, and if nothing is left."""
-    chosen = set(parse_layers(layers, config.n_layer))
+    chosen = set(parse_layers(layers, config.n_layer, new=config.new_blocks))
     words = _split(targets)
     linear = linear_layers(config)
     inside = [f"{module}.weight" for module in linear if block_of(module) in chosen]
@@ -95,10 +97,25 @@ def adapter_targets(config: Config, layers: Spec, targets: Names) -> list[str]:
     return [module for module in linear if f"{module}.weight" in found]
 
 
-def _count_from_an_end(count: Optional[int], n_layer: int) -> Optional[Spec]:
-    """LLaMA-Factory's sign: 8 is the last eight blocks, -8 the first eight."""
+def _llama_factorys_count(config: Config, count: Optional[int], use_llama_pro: bool) -> Optional[Spec]:
+    """LLaMA-Factory's sign: 8 is the last eight blocks, -8 the first eight; with `use_llama_pro` 8 is the last block of
+    each of eight equal groups, as its script for block expansion puts new ones in."""
+    n_layer = config.n_layer
     if count is None:
+        if use_llama_pro:
+            raise UsageError(
+                "--use_llama_pro needs --freeze_trainable_layers, the number of new blocks. "
+                "--trainable_layers new needs none, after litfreeze expand."
+            )
         return None
+    if use_llama_pro:
+        every = f"every:{n_layer // len(spread(n_layer, count, 'freeze_trainable_layers'))}"
+        if config.new_blocks and parse_layers(every, n_layer) != list(config.new_blocks):
+            raise UsageError(
+                f"--use_llama_pro --freeze_trainable_layers {count} means blocks {every}, but the new ones of this "
+                f"model are {format_layers(config.new_blocks)}. Say --trainable_layers new."
+            )
+        return every
     if isinstance(count, bool) or not isinstance(count, int) or count == 0 or abs(count) > n_layer:
         raise UsageError(
             f"--freeze_trainable_layers {count}: n > 0 trains the last n blocks, n < 0 the first n; "

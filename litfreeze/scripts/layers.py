@@ -18,7 +18,12 @@ def setup(
     freeze_trainable_modules: Names = None,
     freeze_extra_modules: Names = None,
     freeze_trainable_layers_ids: Layers = None,
+    use_llama_pro: bool = False,
     precision: Optional[Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]] = None,
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw",
+    activation_checkpointing: bool = False,
+    fused_backward: bool = False,
+    freeze_quantize: Optional[Literal["int8", "nf4"]] = None,
     micro_batch_size: int = 4,
     max_seq_length: int = 512,
 ) -> None:
@@ -26,8 +31,8 @@ def setup(
 
     Args:
         checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
-        trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  all  none. By default
-            the whole model trains.
+        trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  new  all  none. By
+            default the whole model trains.
         trainable_modules: Inside those blocks only: attn, mlp, norm, q_proj, ...; a glob; or re:... on full names.
         trainable_extra: Also outside the blocks: embed, head, final_norm.
         untie_embeddings: Give a head that is tied to the embedding a copy of its own.
@@ -35,7 +40,12 @@ def setup(
         freeze_trainable_modules: LLaMA-Factory's word for trainable_modules.
         freeze_extra_modules: LLaMA-Factory's word for trainable_extra.
         freeze_trainable_layers_ids: Block ids in the style of the LLaMA-Factory patches: 1,2,10.
+        use_llama_pro: With freeze_trainable_layers n: the last block of each of n equal groups, as there.
         precision: What the weights would be kept in; by default what this machine trains in.
+        optimizer: As --train.optimizer.
+        activation_checkpointing: As --train.activation_checkpointing.
+        fused_backward: As in finetune.
+        freeze_quantize: As in finetune.
         micro_batch_size: Samples in one forward pass.
         max_seq_length: Tokens in each of them.
     """
@@ -44,7 +54,7 @@ def setup(
     from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
-    from litfreeze.freeze.memory import describe_memory
+    from litfreeze.freeze.memory import Thrift, describe_memory
     from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
     from litfreeze.freeze.words import plan_from_words
     from litfreeze.precision import PRECISIONS, default_precision
@@ -64,12 +74,14 @@ def setup(
         freeze_trainable_modules=freeze_trainable_modules,
         freeze_extra_modules=freeze_extra_modules,
         freeze_trainable_layers_ids=freeze_trainable_layers_ids,
+        use_llama_pro=use_llama_pro,
     )
     kept = PRECISIONS[precision or default_precision("auto")]
     tokens = micro_batch_size * max_seq_length
     print(f"{base.path}\n{plan.summary()}\n\n{plan.table()}\n")
-    print(f"Memory, estimated for {kept.name}, AdamW and {tokens:,} tokens in a micro-batch, all of them with a loss:")
-    print(f"{describe_memory(plan, kept, base.dtype, tokens, tokens)}\n")
+    thrift = Thrift(optimizer, fused_backward, freeze_quantize, activation_checkpointing)
+    print(f"Memory, estimated for {kept.name}, {optimizer} and {tokens:,} tokens in a micro-batch, all with a loss:")
+    print(f"{describe_memory(plan, kept, base.dtype, tokens, tokens, thrift)}\n")
     rows = Rows.full(RECORDS, max_seq_length)
     size = rows.tokens * plan.config.n_embd * kept.stream.itemsize if plan.lowest > 0 else None
     rate = matmul_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"), kept.compute)

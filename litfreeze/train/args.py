@@ -34,6 +34,8 @@ class TrainArgs:
             checkpoint and the final one are saved.
         keep_last: How many of those interval checkpoints to keep; by default 2.
         log_interval: Write a line of metrics every this many steps.
+        watch_interval: Look every this many steps, and in the first and the last one, at what each block does: the norm
+            of its gradient, how far the step moves it, how far it has come (blocks.csv, blocks.png); 0 for never.
     """
 
     lr: Optional[float] = None
@@ -54,11 +56,12 @@ class TrainArgs:
     save_interval: Optional[int] = None
     keep_last: Optional[int] = None
     log_interval: int = 1
+    watch_interval: int = 10
 
     def __post_init__(self) -> None:
         counts = ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "save_interval", "keep_last")
         _at_least(self, 1, *counts, "log_interval")
-        _at_least(self, 0, "lr_warmup_steps", "min_lr", "weight_decay")
+        _at_least(self, 0, "watch_interval", "lr_warmup_steps", "min_lr", "weight_decay")
         _above_zero(self, "lr", "max_norm")
         if self.max_time is not None:
             seconds(self.max_time)

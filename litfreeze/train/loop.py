@@ -19,6 +19,7 @@ from litfreeze.train.fused import FusedBackward
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.optim import lr_at, set_lr, warmup_steps
 from litfreeze.train.outcome import Outcome, Scores
+from litfreeze.train.watch import Watch
 
 LOWER_LR = "Lower --train.lr, or clip harder with --train.max_norm."
 
@@ -61,13 +62,14 @@ def fit(
     outcome: Optional[Outcome] = None,
     fused: Optional[FusedBackward] = None,
     until: Optional[int] = None,
+    watch: Optional[Watch] = None,
 ) -> Outcome:
     """Trains `model` (a `NextToken` under Fabric) on `records` and returns what it reached on `held_out`, beginning
     where `outcome` stands and, if step `until` comes before the schedule's last one, ending there for another stage.
 
     The gradient of a step is the mean over all target tokens of its global batch, however that is cut into
     micro-batches and processes. `save(name, outcome)` writes a checkpoint. With `fused` parameters step inside of
-    backward. Raises RunError on a loss that is not finite."""
+    backward. `watch` looks at some of the steps. Raises RunError on a loss that is not finite."""
     outcome = outcome or Outcome()
     began = time.perf_counter() - outcome.wall_seconds
     measure = bool(held_out.samples)
@@ -90,11 +92,16 @@ def fit(
         micro_batches = step_indices(order, within, *sizes)
         then = step_indices(order, within + 1, *sizes)[:1] if outcome.step + 1 < until else []
         start = time.perf_counter()
-        loss, norm, tokens = _step(fabric, model, optimizer, records, micro_batches, then, train.max_norm, fused)
+        looking = watch if watch is not None and watch.due(outcome.step + 1, until) else None
+        loss, norm, tokens = _step(
+            fabric, model, optimizer, records, micro_batches, then, train.max_norm, fused, looking
+        )
         outcome.step += 1
         outcome.tokens += tokens
         outcome.seconds += time.perf_counter() - start
         monitor.stepped(outcome.step, epoch, lr, loss, norm, outcome.tokens, outcome.seconds)
+        if looking is not None:
+            monitor.watched(looking.after(outcome.step))
         if limit is not None and _any(fabric, time.perf_counter() - began >= limit):
             outcome.stopped = f"--train.max_time {train.max_time} was reached"
         last = outcome.step == schedule.max_steps or bool(outcome.stopped)
@@ -128,10 +135,13 @@ def _step(
     then: list[list[int]],
     max_norm: Optional[float],
     fused: Optional[FusedBackward] = None,
+    watch: Optional[Watch] = None,
 ) -> tuple[float, float, int]:
     """One optimizer step over this rank's `micro_batches`, before the one that begins with `then`: mean loss, gradient
     norm before clipping, tokens read."""
     model.train()
+    if watch is not None:
+        watch.before()
     used = [records.samples[i] for indices in micro_batches for i in indices]
     learned = sum(int((sample.labels[1:] != IGNORE).sum()) for sample in used)
     read = sum(len(sample.tokens) - 1 for sample in used)
@@ -149,6 +159,8 @@ def _step(
         raise RunError(f"The loss became {loss}. {LOWER_LR} Or look at the records of this step: {places} ….")
     scaled = fabric.strategy.precision.precision == "16-mixed"  # gradients are scaled; a step that overflows is skipped
     if fused is not None:
+        if watch is not None:
+            watch.gradients(fused.norms)
         norm = fused.norm()  # and every parameter has stepped
     elif max_norm is None and not scaled:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -158,6 +170,8 @@ def _step(
     if not math.isfinite(norm) and not scaled:
         raise RunError(f"The gradient became {float(norm)} where the loss was {loss:.4f}. {LOWER_LR}")
     if fused is None:
+        if watch is not None:
+            watch.gradients(times=max(1.0, float(norm) / max_norm) if max_norm is not None else 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return loss, float(norm), int(tokens)

@@ -4,12 +4,15 @@ import csv
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TextIO, Union
 
 from tqdm import tqdm
 
 from litfreeze.train.outcome import Scores
+from litfreeze.train.watch import Seen
 
 COLUMNS = (
     "step", "epoch", "lr", "train_loss", "grad_norm", "tokens", "tokens_per_second", "seconds",
@@ -17,25 +20,34 @@ COLUMNS = (
 )  # fmt: skip
 
 
+BLOCK_COLUMNS = tuple(field.name for field in fields(Seen))
+
+
 class Monitor:
-    """Writes `metrics.csv` in `out_dir` (each row reaches the disk's cache at once), TensorBoard events where it is
-    installed, and either a progress bar (on a terminal) or about twenty plain lines. Silent on ranks other than 0.
+    """Writes `metrics.csv` and `blocks.csv` in `out_dir` (each row reaches the disk's cache at once), TensorBoard
+    events where it is installed, and either a progress bar (on a terminal) or about twenty plain lines. Silent on ranks
+    other than 0.
 
     A run that goes on after `resumed_at` steps keeps the rows up to there and writes on below them."""
 
     def __init__(self, out_dir: Path, max_steps: int, log_interval: int, rank: int, resumed_at: int = 0) -> None:
-        self.rows: list[dict[str, Any]] = _rows_until(out_dir / "metrics.csv", resumed_at) if resumed_at else []
+        self.rows: list[dict[str, Any]] = []
+        self.seen: list[Seen] = []
+        if resumed_at:
+            self.rows = _rows_until(out_dir / "metrics.csv", resumed_at)
+            self.seen = [_as_seen(row) for row in _rows_until(out_dir / "blocks.csv", resumed_at)]
         self.active = rank == 0
         self.max_steps = max_steps
         self.log_interval = log_interval
         self.line_interval = max(log_interval, -(-max_steps // 20))
         self.bar: Optional[tqdm] = None
         self.has_bar = sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 20
-        self.csv = self.events = None
+        self.warned = over_fitting(self.rows) is not None
+        self.files: list[TextIO] = []
+        self.events = None
         if self.active:
-            self.csv = (out_dir / "metrics.csv").open("w", newline="", encoding="utf-8")
-            csv.DictWriter(self.csv, COLUMNS).writeheader()
-            csv.DictWriter(self.csv, COLUMNS).writerows(self.rows)
+            self.csv = self._table(out_dir / "metrics.csv", COLUMNS, self.rows)
+            self.blocks_csv = self._table(out_dir / "blocks.csv", BLOCK_COLUMNS, map(asdict, self.seen))
             self.events = _tensorboard(out_dir, resumed_at)
 
     def stepped(
@@ -68,6 +80,21 @@ class Monitor:
             return
         self._record(step=step, val_loss=scores.loss, val_accuracy=scores.accuracy, val_exact_match=scores.exact_match)
         self.say(f"step {step}: {scores.describe()}")
+        if not self.warned and (notice := over_fitting(self.rows)):
+            self.warned = True
+            self.say(notice)
+
+    def watched(self, seen: list[Seen]) -> None:
+        """What was seen of the parts of the model in one step."""
+        self.seen += seen
+        for one in seen:
+            row = asdict(one)
+            self.blocks_csv.writerow(row)
+            if self.events is not None:
+                where = f"blocks/{one.part}" if isinstance(one.part, int) else one.part
+                for name in BLOCK_COLUMNS[2:]:
+                    self.events.add_scalar(f"{name}/{where}", row[name], one.step)
+        self.files[1].flush()
 
     def say(self, text: str) -> None:
         """A line to the person, above the bar if there is one. On rank 0 only."""
@@ -82,23 +109,49 @@ class Monitor:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        if self.csv is not None:
-            self.csv.flush()
-            os.fsync(self.csv.fileno())
-            self.csv.close()
-            self.csv = None
+        while self.files:
+            file = self.files.pop()
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         if self.events is not None:
             self.events.close()
             self.events = None
 
+    def _table(self, path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> csv.DictWriter:
+        """A file of these columns that begins with `rows`."""
+        self.files.append(path.open("w", newline="", encoding="utf-8"))
+        table = csv.DictWriter(self.files[-1], columns)
+        table.writeheader()
+        table.writerows(rows)
+        return table
+
     def _record(self, **row: Any) -> None:
         self.rows.append(row)
-        csv.DictWriter(self.csv, COLUMNS).writerow(row)
-        self.csv.flush()
+        self.csv.writerow(row)
+        self.files[0].flush()
         if self.events is not None:
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self.events.add_scalar(name, value, row["step"])
+
+
+def over_fitting(rows: Sequence[dict[str, Any]]) -> Optional[str]:
+    """Whether the last two validations came out more than 1 % above the best one while the training loss went on
+    falling, from the rows of metrics.csv: a notice, or None."""
+    validated = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+    trained = [(row["step"], row["train_loss"]) for row in rows if row.get("train_loss") is not None]
+    best_step, best = min(validated, key=lambda point: point[1], default=(0, 0.0))
+    if best_step == 0 or len(validated) < 3 or min(loss for _, loss in validated[-2:]) <= 1.01 * best:
+        return None
+    since = [loss for step, loss in trained if step > best_step]
+    until = [loss for step, loss in trained if step <= best_step][-len(since) :]
+    if not until or sum(since) / len(since) >= sum(until) / len(until):
+        return None
+    return (
+        f"Over-fitting: since step {best_step} the training loss falls on, and the validation loss rose from "
+        f"{best:.4f} to {validated[-1][1]:.4f}. --eval.patience 2 would stop here; best/ keeps what was best."
+    )
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
@@ -106,10 +159,22 @@ def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as lines:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+        rows = [{name: _number(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
     whole = ("step", "epoch", "tokens")
     rows = [{name: int(value) if name in whole else value for name, value in row.items()} for row in rows]
     return [row for row in rows if row["step"] <= step]
+
+
+def _number(text: str) -> Union[float, str]:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _as_seen(row: dict[str, Any]) -> Seen:
+    part = row["part"]
+    return Seen(**{**row, "part": part if isinstance(part, str) else int(part)})
 
 
 def _tensorboard(out_dir: Path, resumed_at: int):

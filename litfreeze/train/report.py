@@ -17,7 +17,7 @@ from litfreeze.data.samples import IGNORE, Sample, Samples
 from litfreeze.demo import MODEL_DIR
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import Thrift, describe_memory, estimate_memory
-from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.plan import FreezePlan, Part
 from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
 from litfreeze.freeze.thaw import Stage
 from litfreeze.outputs import FINAL
@@ -25,7 +25,10 @@ from litfreeze.sizes import megabytes
 from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.job import Job
 from litfreeze.train.loop import Schedule
+from litfreeze.train.monitor import Monitor
 from litfreeze.train.outcome import Outcome
+from litfreeze.train.pictures import draw_blocks, draw_losses
+from litfreeze.train.watch import ROWS, Seen
 
 
 @dataclass
@@ -118,27 +121,25 @@ class Report:
         told = f"Step {stage.start}: {', '.join(changes)}; {stage.plan.n_trained:,} parameters train."
         return told if stage.untouched == last.untouched else f"{told}\n{_of_cache(cache)}"
 
-    def closing(
-        self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange, rows: list[dict[str, Any]]
-    ) -> str:
+    def closing(self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange, monitor: Monitor) -> str:
         """What came of it, where it lies, and what to type next."""
         final = shlex.quote(str(out_dir / FINAL))
         question = shlex.quote(exchange.question)
-        lines = ["", *self._results(outcome, proof, rows), "", *_dialogue(exchange), ""]
+        lines = ["", *self._results(outcome, proof, monitor), "", *_dialogue(exchange), ""]
         if outcome.stopped:
             lines.append(f"Stopped early: {outcome.stopped}.")
         lines += [
-            f"Written   {final}   (and {out_dir / 'report.md'}, loss.png, metrics.csv, recipe.yaml)",
+            f"Written   {final}   (and {out_dir / 'report.md'}, {', '.join(self._beside(monitor))})",
             "Next      " + f"litfreeze generate --checkpoint_dir {final} --prompt {question}",
             f"          {self._export(final, out_dir)}",
         ]
         return "\n".join(lines)
 
-    def write(
-        self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange, rows: list[dict[str, Any]]
-    ) -> None:
-        """report.md, loss.png and recipe.yaml in `out_dir`."""
-        draw_losses(out_dir / "loss.png", rows)
+    def write(self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange, monitor: Monitor) -> None:
+        """report.md, its pictures and recipe.yaml in `out_dir`."""
+        draw_losses(out_dir / "loss.png", monitor.rows)
+        if monitor.seen:
+            draw_blocks(out_dir / "blocks.png", monitor.seen, self.job.plan.n_layer)
         fence = "```"
         write_text(out_dir / "recipe.yaml", self.job.recipe)
         write_text(
@@ -149,10 +150,11 @@ class Report:
                     "",
                     f"Base: {self._name()}. {self.samples.describe()}",
                     "",
-                    *[f"- {line}" for line in self._results(outcome, proof, rows)],
+                    *[f"- {line}" for line in self._results(outcome, proof, monitor)],
                     "",
                     "![loss](loss.png)",
                     "",
+                    *_of_blocks(monitor.seen, self.job.checkpoint.config.new_blocks),
                     "## One validation record",
                     "",
                     fence,
@@ -185,7 +187,11 @@ class Report:
     def _name(self) -> str:
         return "the embedded demo model" if self.job.checkpoint.path == MODEL_DIR else str(self.job.checkpoint.path)
 
-    def _results(self, outcome: Outcome, proof: Proof, rows: list[dict[str, Any]]) -> list[str]:
+    @staticmethod
+    def _beside(monitor: Monitor) -> list[str]:
+        return ["loss.png", *(["blocks.png"] if monitor.seen else []), "metrics.csv", "recipe.yaml"]
+
+    def _results(self, outcome: Outcome, proof: Proof, monitor: Monitor) -> list[str]:
         lines = []
         if outcome.before:
             lines.append(f"Before    {outcome.before.describe()}")
@@ -195,7 +201,9 @@ class Report:
                 kept = "kept in best/" if outcome.best_kept == outcome.best_step else "not kept"
                 lines.append(f"Best      validation loss {outcome.best_loss:.4f} at step {outcome.best_step}, {kept}")
         lines.append(f"Frozen    {proof.describe()}")
-        if epochs := _epoch_seconds(rows, self.schedule.steps_per_epoch):
+        if monitor.seen:
+            lines.append(f"Moved     {_most_moved(monitor.seen)}")
+        if epochs := _epoch_seconds(monitor.rows, self.schedule.steps_per_epoch):
             lines.append(f"Epochs    {', '.join(f'{seconds:.1f}' for seconds in epochs[:10])} s of training each")
         lines.append(
             f"Speed     {outcome.step} steps in {outcome.seconds:.1f} s "
@@ -222,32 +230,49 @@ def _of_cache(told: str) -> str:
     return "Cache     " + told.replace("\n", "\n" + " " * 10)
 
 
+def _last_looks(seen: Sequence[Seen]) -> dict[Part, tuple[Seen, Seen]]:
+    """The first and the last look at each part."""
+    looks: dict[Part, tuple[Seen, Seen]] = {}
+    for one in seen:
+        looks[one.part] = looks.get(one.part, (one, one))[0], one
+    return looks
+
+
+def _most_moved(seen: Sequence[Seen]) -> str:
+    last = sorted((last for _, last in _last_looks(seen).values()), key=lambda one: -one.drift)
+    told = ", ".join(f"{one.part} by {100 * one.drift:.2g} %" for one in last[:4])
+    if len(last) > 4:
+        told += f", … least {last[-1].part} by {100 * last[-1].drift:.2g} %"
+    return f"{told} of its weights' length (estimated; blocks.png has all)"
+
+
+def _of_blocks(seen: Sequence[Seen], new: Sequence[int]) -> list[str]:
+    """A section of report.md."""
+    if not seen:
+        return []
+    lines = [
+        "## What the blocks did",
+        "",
+        "| | gradient norm, first and last look | a step moves it by | moved since the start by |",
+        "| --- | --- | --- | --- |",
+    ]
+    looks = _last_looks(seen)
+    for part in sorted(looks, key=lambda part: (isinstance(part, str), part)):
+        first, last = looks[part]
+        name = f"block {part}{' (new)' if part in new else ''}" if isinstance(part, int) else part
+        lines.append(
+            f"| {name} | {first.grad_norm:.2g} (step {first.step}), {last.grad_norm:.2g} (step {last.step}) "
+            f"| {100 * last.update_ratio:.2g} % | {100 * last.drift:.2g} % |"
+        )
+    told = f"Shares of the length of its weights, from {ROWS} rows of each matrix; an adapter counts as what it makes."
+    return [*lines, "", told, "", "![blocks](blocks.png)", ""]
+
+
 def _epoch_seconds(rows: list[dict[str, Any]], steps_per_epoch: int) -> list[float]:
     """Training seconds of every whole epoch, from the rows of metrics.csv: of those whose two ends were logged."""
     until = {0: 0.0} | {row["step"]: row["seconds"] for row in rows if row.get("seconds") is not None}
     ends = [step for step in until if step % steps_per_epoch == 0 and step - steps_per_epoch in until]
     return [until[step] - until[step - steps_per_epoch] for step in ends]
-
-
-def draw_losses(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Training and validation loss over the steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for column, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(row["step"], row[column]) for row in rows if column in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
-    axes.set(xlabel="optimizer step", ylabel="loss per target token")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=120, format="png")
-    plt.close(figure)
-    aside.replace(path)
 
 
 def peak_memory(device: torch.device) -> str:

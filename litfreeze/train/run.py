@@ -36,6 +36,7 @@ from litfreeze.train.outcome import Outcome
 from litfreeze.train.report import Exchange, Report
 from litfreeze.train.reuse import check_reuse
 from litfreeze.train.stage import make_ready
+from litfreeze.train.watch import Watch
 
 MAX_SEQ_LENGTH = 1024  # unless --data.max_seq_length says otherwise
 
@@ -101,12 +102,17 @@ def run(fabric: Fabric, job: Job) -> Result:
                 keeper.interval(name, gpt, so_far, ready.plain, outcome, more)
             return fabric.broadcast(proof)
 
+        watch = None
+        if fabric.is_global_zero and job.train.watch_interval:
+            watch = Watch(gpt, job.checkpoint, job.train.watch_interval)
         while True:
+            if watch is not None:
+                watch.begin(ready.stage.plan, ready.stage.start + 1)
             if job.frozen.stream_frozen and outcome.step < ready.stage.stop:
                 ready.prefix.fill_all(fabric.global_rank, fabric.world_size, fabric.barrier)
             outcome = fit(
                 fabric, ready.model, ready.optimizer, *ready.feeds, schedule, job.train, job.eval, monitor, save,
-                job.seed, outcome, ready.fused, ready.stage.stop,
+                job.seed, outcome, ready.fused, ready.stage.stop, watch,
             )  # fmt: skip
             if outcome.step == schedule.max_steps or outcome.stopped:
                 break
@@ -127,8 +133,8 @@ def run(fabric: Fabric, job: Job) -> Result:
         if fabric.is_global_zero:
             keeper.done(outcome)
     if fabric.is_global_zero:
-        report.write(out_dir, outcome, proof, exchange, monitor.rows)
-        monitor.say(report.closing(out_dir, outcome, proof, exchange, monitor.rows))
+        report.write(out_dir, outcome, proof, exchange, monitor)
+        monitor.say(report.closing(out_dir, outcome, proof, exchange, monitor))
     if proof.frozen_that_changed:
         raise RunError(f"Frozen tensors changed, which is a fault of litfreeze's own; see {out_dir / 'report.md'}.")
     return Result(out_dir, out_dir / FINAL, outcome, proof)

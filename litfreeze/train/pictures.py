@@ -1,0 +1,66 @@
+"""The pictures of a run: its losses, and what each block did over time."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from litfreeze.train.watch import Seen
+
+PANELS = {
+    "grad_norm": "gradient norm",
+    "update_ratio": "a step's ‖ΔW‖ / ‖W‖",
+    "drift": "‖W - W₀‖ / ‖W₀‖ since the start",
+}
+
+
+def draw_losses(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Training and validation loss over the steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for column, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(row["step"], row[column]) for row in rows if column in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+    axes.set(xlabel="optimizer step", ylabel="loss per target token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_blocks(path: Path, seen: Sequence[Seen], n_layer: int) -> None:
+    """Blocks from bottom to top over the steps that were looked at, one panel for each of `PANELS`, the colour on a log
+    scale of at most six decades; what did not train then stays blank. A PNG."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    steps = sorted({one.step for one in seen})
+    order = ["embed", *range(n_layer), "final_norm", "head"]
+    parts = sorted({one.part for one in seen}, key=order.index)
+    edges = [0.5, *((a + b) / 2 for a, b in pairwise(steps)), steps[-1] + 0.5]
+    figure = Figure((13, 1.6 + min(0.22 * max(len(parts), 6), 9)), layout="constrained")
+    for axes, (field, label) in zip(figure.subplots(1, 3, sharey=True), PANELS.items(), strict=True):
+        grid = np.full((len(parts), len(steps)), np.nan)
+        for one in seen:
+            value = getattr(one, field)
+            grid[parts.index(one.part), steps.index(one.step)] = value if np.isfinite(value) and value > 0 else np.nan
+        top = np.nanmax(grid) if np.isfinite(grid).any() else 1.0
+        bottom = max(np.nanmin(grid), top * 1e-6) if np.isfinite(grid).any() else 0.1
+        scale = LogNorm(min(bottom, top / 1.1), top)
+        mesh = axes.pcolormesh(edges, np.arange(len(parts) + 1), grid, norm=scale, cmap="viridis", rasterized=True)
+        figure.colorbar(mesh, ax=axes)
+        axes.set_title(label, fontsize=10, loc="left")
+        axes.set(xlabel="optimizer step")
+    labelled = range(0, len(parts), max(1, len(parts) // 24))
+    axes.set_yticks([i + 0.5 for i in labelled], [str(parts[i]) for i in labelled])
+    figure.supylabel("block", fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    aside = path.with_name(f".{path.name}")
+    figure.savefig(aside, dpi=120, format="png")
+    aside.replace(path)

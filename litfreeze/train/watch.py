@@ -1,0 +1,144 @@
+"""What training does to each block: its gradient, how far a step moves it, how far it has come."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.errors import RunError
+from litfreeze.freeze.plan import FreezePlan, Part, part_of
+from litfreeze.lora import MAGNITUDE, A, B, folded, is_lora
+from litfreeze.model import GPT
+
+ROWS = 16  # of a matrix, drawn once, stand for all of it: a look costs a thousandth of what the step does
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One part of the model in one step.
+
+    Attributes:
+        step: From 1.
+        part: A block's id; embed, final_norm or head.
+        grad_norm: Of the gradient of all that trains in it, before clipping.
+        update_ratio: ‖W - W before the step‖ / ‖W before the step‖ over its weights that train; an adapter counts as
+            what it makes of its weight.
+        drift: ‖W - W₀‖ / ‖W₀‖ of the same weights, W₀ being those that the run began from.
+    """
+
+    step: int
+    part: Part
+    grad_norm: float
+    update_ratio: float
+    drift: float
+
+
+class Watch:
+    """Looks at a step of training, in this order: `before` it, at its `gradients`, and `after` it.
+
+    Norms of gradients are of all elements. Weights are looked at in `ROWS` rows of each matrix, which stand for all of
+    them, so that the memory and the time it takes do not matter; the start is read from `checkpoint`."""
+
+    def __init__(self, gpt: GPT, checkpoint: Checkpoint, interval: int) -> None:
+        self.gpt, self.checkpoint, self.interval = gpt, checkpoint, interval
+        self.rows: dict[str, Optional[Tensor]] = {}  # of each weight, which ones are looked at
+        self.share: dict[str, float] = {}  # how many each of them stands for
+        self.beneath: dict[str, Tensor] = {}  # rows of the frozen weight under an adapter
+        self.start: dict[str, Tensor] = {}
+        self.known_to_move: set[Part] = set()
+
+    def begin(self, plan: FreezePlan, first: int) -> None:
+        """From step `first` (from 1) on `plan` says what trains."""
+        self.plan, self.first = plan, first
+        self.parameters = {name: p for name, p in self.gpt.named_parameters() if name in plan.trained}
+        weights = (f"{name.rpartition('.')[0]}.weight" if is_lora(name) else name for name in self.parameters)
+        self.weights = list(dict.fromkeys(weights))
+        for name in self.weights:
+            if name not in self.start:
+                weight = self.checkpoint.read(name)
+                rows = self.rows[name] = _some_rows(weight)
+                self.share[name] = 1.0 if rows is None else len(weight) / len(rows)
+                if name not in plan.trained:
+                    self.beneath[name] = _taken(weight, rows)  # in memory it may be quantised
+                self.start[name] = self._look(name, self.checkpoint.read)
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether to look at step `step` (from 1), the `last` one being looked at too."""
+        return step % self.interval == 0 or step in (self.first, last)
+
+    @torch.no_grad()
+    def before(self) -> None:
+        self.last = self._now()
+
+    @torch.no_grad()
+    def gradients(self, norms: Optional[Mapping[nn.Parameter, Tensor]] = None, times: float = 1.0) -> None:
+        """Those that the parameters have or, where they are gone already, their `norms`; `times` undoes clipping."""
+        names = [name for name, p in self.parameters.items() if (p.grad is not None if norms is None else p in norms)]
+        if norms is None:
+            found = torch._foreach_norm([self.parameters[name].grad for name in names])
+        else:
+            found = [norms[self.parameters[name]] for name in names]
+        squares = (torch.stack([norm.float() for norm in found]) * times).square() if found else torch.zeros(0)
+        self.squares: dict[Part, float] = defaultdict(float)
+        for name, square in zip(names, squares.tolist(), strict=True):
+            self.squares[part_of(name)] += square
+
+    @torch.no_grad()
+    def after(self, step: int) -> list[Seen]:
+        """What was seen of step `step`, part by part. Raises RunError if a new block stands still in its first one."""
+        now, found = self._now(), []
+        sums: dict[Part, Tensor] = {}
+        for name, rows in now.items():
+            old, first = self.last[name], self.start[name].to(rows.device)
+            four = torch.stack([(rows - old).square().sum(), old.square().sum(),
+                                (rows - first).square().sum(), first.square().sum()])  # fmt: skip
+            sums[part_of(name)] = sums.get(part_of(name), 0) + self.share[name] * four
+        for part, values in sums.items():
+            moved, was, drifted, began = values.sqrt().tolist()
+            ratios = moved / was if was else float(moved > 0), drifted / began if began else float(drifted > 0)
+            found.append(Seen(step, part, self.squares[part] ** 0.5, *ratios))
+        self._check(found)
+        del self.last
+        return found
+
+    def _check(self, found: Iterable[Seen]) -> None:
+        for seen in found:
+            if seen.part in self.plan.config.new_blocks and seen.part not in self.known_to_move:
+                if not math.isfinite(seen.grad_norm):
+                    continue  # a step that 16-mixed skips
+                if seen.grad_norm == 0 or seen.update_ratio == 0:
+                    lacks = "gets no gradient" if seen.grad_norm == 0 else "does not move"
+                    raise RunError(
+                        f"The new block {seen.part} {lacks} in step {seen.step}, so it would never learn. Train its "
+                        "o_proj or down_proj, which begin at zero, and not only what stands before them."
+                    )
+                self.known_to_move.add(seen.part)
+
+    def _now(self) -> dict[str, Tensor]:
+        return {name: self._look(name, self.gpt.get_parameter) for name in self.weights}
+
+    def _look(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """The rows of the weight `name`, its adapter folded in: fp32, a copy."""
+        module, rows, lora = name.rpartition(".")[0], self.rows[name], self.plan.lora
+        if name not in self.beneath:
+            return _taken(read(name), rows)
+        a, b = read(f"{module}.{A}").detach(), _taken(read(f"{module}.{B}"), rows)
+        magnitude = _taken(read(f"{module}.{MAGNITUDE}"), rows) if lora.dora else None
+        return folded(self.beneath[name].to(a.device), a, b, lora.scale(module), magnitude)
+
+
+def _some_rows(weight: Tensor) -> Optional[Tensor]:
+    """Ids of a few rows, or None for all: of a vector, or where there are few."""
+    if weight.ndim < 2 or len(weight) <= ROWS:
+        return None
+    return torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[:ROWS].sort().values
+
+
+def _taken(weight: Tensor, rows: Optional[Tensor]) -> Tensor:
+    weight = weight.detach()
+    return (weight.clone() if rows is None else weight[rows.to(weight.device)]).float()
