@@ -8,7 +8,7 @@ from litfreeze.errors import UsageError
 
 RUNS = Path("out/finetune")
 FINAL, BEST, RESUME, MERGED_BASE = "final", "best", "resume", "base"
-LOGS = ("metrics.csv", "tensorboard")  # what a run that ended before it saved anything leaves
+LOGS = ("metrics.csv", "blocks.csv", "tensorboard")  # what a run that ended before it saved anything leaves
 
 
 def claim(out_dir: Optional[Path], method: str) -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
-from litfreeze.freeze.args import FrozenArgs, ThawArgs
+from litfreeze.freeze.args import FrozenArgs, RateArgs, ThawArgs
 from litfreeze.freeze.layers import Layers, Names
 from litfreeze.train.args import EvalArgs, TrainArgs
 
@@ -29,6 +29,7 @@ def setup(
     train: TrainArgs = TrainArgs(),
     eval: EvalArgs = EvalArgs(),
     thaw: ThawArgs = ThawArgs(),
+    rates: RateArgs = RateArgs(),
     frozen: FrozenArgs = FrozenArgs(),
     precision: Optional[Precision] = None,
     save: Literal["full", "delta", "both"] = "full",
@@ -45,8 +46,8 @@ def setup(
         out_dir: Where the run is written; by default a new folder `out/finetune/full`.
         base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
         resume: Go on with an interrupted run: its folder, or the newest one if none is named. It keeps its options.
-        trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  new  all  none. By
-            default the whole model trains.
+        trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  new  all  none;
+            rank:spectrum:4 for the best 4 of litfreeze rank. By default the whole model trains.
         trainable_modules: Inside those blocks only: attn, mlp, norm, q_proj, ...; a glob; or re:... on full names.
         trainable_extra: Also outside the blocks: embed, head, final_norm.
         untie_embeddings: Give a head that is tied to the embedding a copy of its own.
@@ -59,6 +60,7 @@ def setup(
         train: How long and how fast to train.
         eval: When to measure.
         thaw: When blocks train.
+        rates: How fast each layer learns.
         frozen: How what is frozen is made cheap.
         precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
         save: The final checkpoint as a whole, as a delta (only what trained, over its base), or as both. What is saved
@@ -76,7 +78,7 @@ def setup(
     import torch
 
     from litfreeze.errors import UsageError
-    from litfreeze.finetune.setting import open_base, settled, start
+    from litfreeze.finetune.setting import open_base, ranked_layers, settled, start
     from litfreeze.freeze.words import plan_from_words
 
     o = settled(setup, "full", given)
@@ -86,6 +88,7 @@ def setup(
             f"{checkpoint.path} is an adapter. Fold it into its base first (litfreeze merge_lora "
             f"{shlex.quote(str(checkpoint.path))}), or go on with litfreeze finetune lora."
         )
+    notes = ranked_layers(o, checkpoint)
     plan = plan_from_words(
         checkpoint.config,
         trainable_layers=o.trainable_layers,
@@ -101,4 +104,4 @@ def setup(
     if o.save != "full" and plan.trained == set(plan.sizes):
         raise UsageError(f"--save {o.save}: everything trains, so that a delta would be the whole. Name some layers.")
     save_dtype = getattr(torch, o.save_dtype) if o.save_dtype else None
-    return start("full", setup, o, checkpoint, plan, lr=5e-5, save=o.save, save_dtype=save_dtype)
+    return start("full", setup, o, checkpoint, plan, lr=5e-5, save=o.save, save_dtype=save_dtype, notes=tuple(notes))

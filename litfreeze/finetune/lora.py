@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
-from litfreeze.freeze.args import FrozenArgs, ThawArgs
+from litfreeze.freeze.args import FrozenArgs, RateArgs, ThawArgs
 from litfreeze.freeze.layers import Layers, Names
 from litfreeze.train.args import EvalArgs, TrainArgs
 
@@ -35,6 +35,7 @@ def setup(
     train: TrainArgs = TrainArgs(),
     eval: EvalArgs = EvalArgs(),
     thaw: ThawArgs = ThawArgs(),
+    rates: RateArgs = RateArgs(),
     frozen: FrozenArgs = FrozenArgs(),
     precision: Optional[Precision] = None,
     accelerator: str = "auto",
@@ -51,8 +52,8 @@ def setup(
         base_dir: The base of an adapter, where it is not where it was.
         force_base: Accept a base with other weights than the adapter was trained on.
         resume: Go on with an interrupted run: its folder, or the newest one if none is named. It keeps its options.
-        trainable_layers: Blocks that get an adapter: 10,11  0-3,8  -2:  last:8  20%-80%  all. By default all those
-            that do not train in full.
+        trainable_layers: Blocks that get an adapter: 10,11  0-3,8  -2:  last:8  20%-80%  all; rank:spectrum:4 for
+            the best 4 of litfreeze rank. By default all those that do not train in full.
         lora_targets: Linear layers inside them: q_proj,v_proj ...; attn, mlp; a glob; re:...; all (the default). head
             stands outside the blocks.
         lora_r: Rank, 8 unless said.
@@ -72,6 +73,7 @@ def setup(
         train: How long and how fast to train.
         eval: When to measure.
         thaw: When blocks train.
+        rates: How fast each layer learns.
         frozen: How what is frozen is made cheap.
         precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
         accelerator: cpu, cuda, mps or auto.
@@ -82,10 +84,11 @@ def setup(
     given = dict(locals())
 
     from litfreeze.finetune.adapter import begin, default_lr
-    from litfreeze.finetune.setting import open_base, settled, start
+    from litfreeze.finetune.setting import open_base, ranked_layers, settled, start
 
     o = settled(setup, "lora", given)
     opened = open_base(o.checkpoint_dir, o.untie_embeddings, o.base_dir, o.force_base)
+    ranked = ranked_layers(o, opened)
     checkpoint, plan, notes = begin(opened, o)
     lr, about_lr = default_lr(opened, o)
-    return start("lora", setup, o, checkpoint, plan, lr, save="delta", notes=(*notes, *about_lr))
+    return start("lora", setup, o, checkpoint, plan, lr, save="delta", notes=(*notes, *ranked, *about_lr))

@@ -12,11 +12,15 @@ import yaml
 
 from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint
 from litfreeze.checkpoint.resume import read_facts
+from litfreeze.choose.rank import Ranking, rank
+from litfreeze.choose.sample import draw_batches
+from litfreeze.choose.words import NEED_DATA, RECORDS, has_ranks, put_ids
 from litfreeze.cli import arguments
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_DEFAULTS, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import UsageError
 from litfreeze.freeze.plan import FreezePlan
+from litfreeze.freeze.rates import with_rates
 from litfreeze.freeze.words import thawing_from_words
 from litfreeze.launch import build_fabric, launch
 from litfreeze.outputs import last_resumable
@@ -73,6 +77,25 @@ def open_base(
     return checkpoint.untied() if untie_embeddings else checkpoint
 
 
+def ranked_layers(options: SimpleNamespace, checkpoint: Checkpoint) -> list[str]:
+    """Puts block ids in the place of `rank:spectrum:4` in `options.trainable_layers`, so that the run and its recipe
+    know ids alone. What the person is told about it; nothing where there is no ranking.
+
+    A method that needs data looks at the records the run learns from first."""
+    if not has_ranks(options.trainable_layers):
+        return []
+    device = build_fabric(options.accelerator, options.devices, options.num_nodes, options.precision)[0].device
+    data, size, seed = with_demo_data(options.data), options.train.micro_batch_size, options.seed
+
+    def ranked(method: str) -> Ranking:
+        batches = draw_batches(checkpoint, data, RECORDS, size, seed) if method in NEED_DATA else None
+        return rank(checkpoint, method, seed, device, batches)
+
+    config = checkpoint.config
+    options.trainable_layers, told = put_ids(options.trainable_layers, config.n_layer, config.new_blocks, ranked)
+    return told
+
+
 def start(
     method: str,
     script: Callable[..., Any],
@@ -88,7 +111,7 @@ def start(
     job = Job(
         method=method,
         checkpoint=checkpoint,
-        plan=plan,
+        plan=with_rates(plan, options.rates, train.lr),
         precision=precision,
         data=data,
         train=train,
@@ -107,17 +130,21 @@ def start(
 def with_demo_defaults(
     checkpoint_dir: Optional[Path], data: Union[DataArgs, Path, str], train: TrainArgs, lr: float, epochs: int
 ) -> tuple[DataArgs, TrainArgs]:
-    """Fills in what was left open: the embedded utterances, and `lr` and `epochs` (of the demo, for its model).
-
-    A bare path stands for `DataArgs(path)`."""
-    data = data if isinstance(data, DataArgs) else DataArgs(path=Path(data))
-    if data.path is None:
-        own_split = data.val_path is not None or data.val_split_fraction is not None
-        data = replace(data, path=TRAIN_FILE, val_path=data.val_path if own_split else VAL_FILE)
+    """Fills in what was left open: the embedded utterances, and `lr` and `epochs` (of the demo, for its model)."""
+    data = with_demo_data(data)
     settled = {"lr": lr, "epochs": epochs, **(TRAIN_DEFAULTS if checkpoint_dir is None else {})}
     if train.max_steps is not None:
         settled.pop("epochs")  # the steps say how long
     return data, replace(train, **{name: value for name, value in settled.items() if getattr(train, name) is None})
+
+
+def with_demo_data(data: Union[DataArgs, Path, str]) -> DataArgs:
+    """The embedded utterances, if no data is named. A bare path stands for `DataArgs(path)`."""
+    data = data if isinstance(data, DataArgs) else DataArgs(path=Path(data))
+    if data.path is not None:
+        return data
+    own_split = data.val_path is not None or data.val_split_fraction is not None
+    return replace(data, path=TRAIN_FILE, val_path=data.val_path if own_split else VAL_FILE)
 
 
 def recipe_yaml(script: Callable[..., Any], options: Mapping[str, Any]) -> str:

@@ -1,5 +1,5 @@
-"""Options about what is frozen: when it thaws, and how it is made cheap. No heavy import: the command line reads this
-file."""
+"""Options about what is frozen: when it thaws, how fast it learns then, and how it is made cheap. No heavy import: the
+command line reads this file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,3 +70,27 @@ class ThawArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} {value} must be at least 1.")
+
+
+@dataclass
+class RateArgs:
+    """How fast each layer learns; by default all at --train.lr.
+
+    Args:
+        layer_lr: Learning rates of their own for some of what trains: '0-7:1e-6, 8-13:1e-5, head:5e-5'. The rest learns
+            at train.lr, and the schedule goes for all.
+        lr_decay_by_depth: Each block learns so many times as fast as the one above it, as 0.9; the highest that trains
+            at train.lr.
+    """
+
+    flat: ClassVar[bool] = True
+
+    layer_lr: Optional[str] = None
+    lr_decay_by_depth: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        if self.layer_lr is not None and self.lr_decay_by_depth is not None:
+            raise UsageError("--layer_lr and --lr_decay_by_depth both say how fast blocks learn. Keep one of them.")
+        decay = self.lr_decay_by_depth
+        if decay is not None and not 0 < decay <= 1:
+            raise UsageError(f"--lr_decay_by_depth {decay} must be above 0 and at most 1, such as 0.9.")

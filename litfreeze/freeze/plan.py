@@ -129,8 +129,9 @@ class FreezePlan:
     def n_parameters(self) -> int:
         return sum(self.sizes.values())
 
-    def table(self) -> str:
-        """What trains and what is frozen, top to bottom; neighbours that are alike share a row."""
+    def table(self, lr: Optional[float] = None) -> str:
+        """What trains and what is frozen, bottom to top; neighbours that are alike share a row. If not all learns at
+        one rate, the rates stand there too, those of parameters at `lr` times their scale."""
         rows: list[tuple[str, str, int, int]] = []
         run: list[int] = []
 
@@ -138,18 +139,19 @@ class FreezePlan:
             if run:
                 names = [n for n in self.sizes if block_of(n) in run]
                 label = f"block {run[0]}" if len(run) == 1 else f"blocks {run[0]}-{run[-1]}"
-                rows.append(self._row(label, names))
+                rows.append(self._row(label, names, lr))
                 run.clear()
 
-        rows.append(self._row("embed (also the head)" if self.config.tie_embeddings else "embed", self._part("embed")))
+        embed = "embed (also the head)" if self.config.tie_embeddings else "embed"
+        rows.append(self._row(embed, self._part("embed"), lr))
         for i in range(self.config.n_layer):
             if run and self._state(i) != self._state(run[-1]):
                 flush()
             run.append(i)
         flush()
-        rows.append(self._row("final_norm", self._part("final_norm")))
+        rows.append(self._row("final_norm", self._part("final_norm"), lr))
         if self._part("head"):
-            rows.append(self._row("head", self._part("head")))
+            rows.append(self._row("head", self._part("head"), lr))
         rows.append(("total", "", self.n_trained, self.n_parameters))
         return _format_rows(rows)
 
@@ -172,10 +174,10 @@ class FreezePlan:
         begins = ("embed.", "pos_embed.") if part == "embed" else (f"{part}.",)
         return [name for name in self.sizes if name.startswith(begins)]
 
-    def _state(self, i: int) -> frozenset[str]:
-        return frozenset(_inner(name) for name in self.trained_in_block(i))
+    def _state(self, i: int) -> frozenset[tuple[str, float]]:
+        return frozenset((_inner(name), self.lr_scale(name)) for name in self.trained_in_block(i))
 
-    def _row(self, label: str, names: list[str]) -> tuple[str, str, int, int]:
+    def _row(self, label: str, names: list[str], lr: Optional[float]) -> tuple[str, str, int, int]:
         trained = [name for name in names if name in self.trained]
         full = [name for name in trained if not is_lora(name)]
         states = []
@@ -188,6 +190,9 @@ class FreezePlan:
             linear = [module for module in linear_layers(self.config) if any(n.startswith(f"{module}.") for n in names)]
             each = list(dict.fromkeys(module.rpartition(".")[2] for module in adapted))
             states.append("LoRA on " + ("every linear layer" if len(adapted) == len(linear) > 1 else _few(each)))
+        if trained and lr is not None and self.lr_scales:
+            scales = sorted({self.lr_scale(name) for name in trained})
+            states.append("lr " + _few([f"{lr * scale:.3g}" for scale in scales]))
         state = "; ".join(states) or "frozen"
         return label, state, sum(self.sizes[n] for n in trained), sum(self.sizes[n] for n in names)
 

@@ -82,7 +82,7 @@ class Report:
                 f"Trains    {self.job.plan.summary()}",
                 *([f"          {self.job.thawing.describe()}"] if self.job.thawing else []),
                 "",
-                self.job.plan.table(),
+                self.job.plan.table(self.job.train.lr),
                 "",
                 f"Memory, estimated for micro-batches of {self.job.train.micro_batch_size} (up to {tokens:,} tokens):",
                 describe_memory(
@@ -164,7 +164,7 @@ class Report:
                     "## What trained",
                     "",
                     fence,
-                    self.job.plan.table(),
+                    self.job.plan.table(self.job.train.lr),
                     fence,
                     "",
                     "## Recipe",

@@ -60,7 +60,8 @@ class Watch:
         self.weights = list(dict.fromkeys(weights))
         for name in self.weights:
             if name not in self.start:
-                weight = self.checkpoint.read(name)
+                tied = name == "head.weight" and plan.config.tie_embeddings  # an adapter on a tied head
+                weight = self.checkpoint.read("embed.weight" if tied else name)
                 rows = self.rows[name] = _some_rows(weight)
                 self.share[name] = 1.0 if rows is None else len(weight) / len(rows)
                 if name not in plan.trained:
