@@ -6,6 +6,7 @@ Ours is what it leaves open: the command's name in front, numbers that stay what
 No heavy import: this file runs for `litfreeze --help`."""
 
 import inspect
+import json
 import os
 import re
 from argparse import SUPPRESS, ArgumentError
@@ -226,9 +227,10 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 def one_word_each(words: Iterable[str], options: Mapping[str, Any], required: Iterable[str] = ()) -> list[str]:
     """Every option joined with its value, `--trainable_layers=-2:`, so that no value is taken for an option; a switch
-    that stands alone is `=true`; and `--config` first, so that flags win wherever it stands. Bare words are the values
-    of those `required` options that have no flag, in order: `A B` is `--a=A --b=B`. Where none is required, a bare word
-    right behind the command is the checkpoint, as LitGPT takes it."""
+    that stands alone is `=true`; an option that takes a list takes all words up to the next one; and `--config` first,
+    so that flags win wherever it stands. Bare words are the values of those `required` options that have no flag, in
+    order: `A B` is `--a=A --b=B`. Where none is required, a bare word right behind the command is the checkpoint, as
+    LitGPT takes it."""
     words, files, flags, bare = list(words), [], [], []
     if not required and "checkpoint_dir" in options and words and not words[0].startswith("-"):
         if "--checkpoint_dir" in (word.partition("=")[0] for word in words):
@@ -252,6 +254,11 @@ def one_word_each(words: Iterable[str], options: Mapping[str, Any], required: It
             if alone and bool not in (hint, *get_args(hint)):
                 raise UsageError(f"{flag} needs a value: {expected(hint)}.")
             value = "true" if alone else words.pop(0)
+            if get_origin(hint) is list:  # several words may follow
+                values = [value]
+                while words and not re.match("--[A-Za-z]", words[0]):
+                    values.append(words.pop(0))
+                value = value if values[0].startswith("[") else json.dumps(values)
         (files if name == "config" else flags).append(f"--{name}={value}")
     open_ = [name for name in required if not any(flag.startswith(f"--{name}=") for flag in flags)]
     if strays := [word for word in bare if word.startswith("-")] + bare[len(open_) :]:

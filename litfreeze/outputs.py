@@ -8,6 +8,7 @@ from litfreeze.errors import UsageError
 
 RUNS = Path("out/finetune")
 FINAL, BEST, RESUME, MERGED_BASE = "final", "best", "resume", "base"
+RESULTS = "results.json"  # what a run came to
 LOGS = ("metrics.csv", "blocks.csv", "tensorboard")  # what a run that ended before it saved anything leaves
 
 

@@ -2,7 +2,8 @@
 
     10,11   0-3,8   -2:   -1   last:8   first:4   every:4   20%-80%   new   all   none
 
-One grammar for the command line, YAML (list, int, string) and Python. No heavy import here."""
+One grammar for the command line, YAML (list, int, string) and Python. `rank:spectrum:4` asks for more than a look at
+the words: choose/words.py puts ids in its place first, where an option takes it. No heavy import here."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ Layers = Union[str, int, list[Union[str, int]], None]
 Names = Union[str, list[str], None]
 
 GRAMMAR = "10,11  0-3  -1  -2:  last:8  first:4  every:4  20%-80%  new  all  none"
-WORDS = ("all", "none", "new", "first", "last", "every")
+WORDS = ("all", "none", "new", "first", "last", "every", "rank")
 
 
 def parse_layers(spec: Spec, n_layer: int, option: str = "trainable_layers", new: Sequence[int] = ()) -> list[int]:
@@ -29,9 +30,9 @@ def parse_layers(spec: Spec, n_layer: int, option: str = "trainable_layers", new
     exclusive); `-2:` is from there to the top; `first:4` and `last:8` count from an end; `every:4` is the 4th, 8th, …
     block, as LLaMA-Pro spaces its own; `new` is those put in; `all`; `none` stands alone.
 
-    Raises UsageError for anything else: out of range, falling or empty ranges, empty parts, nonsense. Its text names
-    `option`, where the words came from."""
-    parts = _parts(spec, option)
+    Raises UsageError for anything else: out of range, falling or empty ranges, empty parts, nonsense, a ranking. Its
+    text names `option`, where the words came from."""
+    parts = split_layers(spec, option)
     if "none" in parts:
         if len(parts) > 1:
             raise UsageError(f"--{option} {_show(spec)}: 'none' stands alone.")
@@ -62,7 +63,8 @@ def spread(n_layer: int, count: int, option: str) -> list[int]:
     return list(range(n_layer // count - 1, n_layer, n_layer // count))
 
 
-def _parts(spec: Spec, option: str) -> list[str]:
+def split_layers(spec: Spec, option: str = "trainable_layers") -> list[str]:
+    """The parts of `spec`, as they were written. Raises UsageError for what has none, or an empty one."""
     single = isinstance(spec, (str, SupportsIndex)) and not getattr(spec, "shape", ())  # an array is a list
     if not single and (not isinstance(spec, Iterable) or isinstance(spec, (dict, bytes))):
         raise UsageError(f"--{option} takes {GRAMMAR}, not {spec!r}.")
@@ -90,6 +92,11 @@ def _parse_part(part: str, n_layer: int) -> Iterable[int]:
     if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", part):
         raise UsageError(f"Layers {part!r}: write a range as {match[1]}-{match[2]} (both ends included).")
     word = part.partition(":")[0]
+    if word == "rank":
+        raise UsageError(
+            f"Layers {part!r}: only --trainable_layers of finetune and of layers takes a ranking. "
+            "For another option litfreeze rank tells the ids."
+        )
     if word in ("first", "last", "every"):
         raise UsageError(f"Layers {part!r}: {word} takes a count, as in {word}:4.")
     raise UsageError(f"Layers {part!r} are not understood.{did_you_mean(word, WORDS)} Examples: {GRAMMAR}.")

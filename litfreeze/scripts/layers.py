@@ -6,6 +6,7 @@ from typing import Literal, Optional
 from litfreeze.freeze.layers import Layers, Names
 
 RECORDS = 1000
+SEED = 1337  # of finetune, so that rank:random names the same blocks here
 
 
 def setup(
@@ -31,8 +32,8 @@ def setup(
 
     Args:
         checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
-        trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  new  all  none. By
-            default the whole model trains.
+        trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  new  all  none;
+            rank:spectrum:4 for the best 4 of litfreeze rank. By default the whole model trains.
         trainable_modules: Inside those blocks only: attn, mlp, norm, q_proj, ...; a glob; or re:... on full names.
         trainable_extra: Also outside the blocks: embed, head, final_norm.
         untie_embeddings: Give a head that is tied to the embedding a copy of its own.
@@ -52,6 +53,8 @@ def setup(
     import torch
 
     from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.choose.rank import rank
+    from litfreeze.choose.words import has_ranks, put_ids
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
     from litfreeze.freeze.memory import Thrift, describe_memory
@@ -65,6 +68,11 @@ def setup(
     base = base.untied() if untie_embeddings else base
     if base.lora is not None:
         raise UsageError(f"{base.path} is an adapter: {base.lora.describe()}. Name a model, or merge it first.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if has_ranks(trainable_layers):
+        depth, new = base.config.n_layer, base.config.new_blocks
+        trainable_layers, told = put_ids(trainable_layers, depth, new, lambda method: rank(base, method, SEED, device))
+        print("\n".join(told))
     plan = plan_from_words(
         base.config,
         trainable_layers=trainable_layers,
@@ -84,5 +92,5 @@ def setup(
     print(f"{describe_memory(plan, kept, base.dtype, tokens, tokens, thrift)}\n")
     rows = Rows.full(RECORDS, max_seq_length)
     size = rows.tokens * plan.config.n_embd * kept.stream.itemsize if plan.lowest > 0 else None
-    rate = matmul_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"), kept.compute)
+    rate = matmul_rate(device, kept.compute)
     print(describe_savings(plan, rows, rate, size, f"{RECORDS:,} records of {max_seq_length}"))

@@ -1,10 +1,11 @@
 """What a run tells the person: before it starts, when it is done, and in report.md."""
 
+import json
 import resource
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,7 +21,7 @@ from litfreeze.freeze.memory import Thrift, describe_memory, estimate_memory
 from litfreeze.freeze.plan import FreezePlan, Part
 from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
 from litfreeze.freeze.thaw import Stage
-from litfreeze.outputs import FINAL
+from litfreeze.outputs import FINAL, RESULTS
 from litfreeze.sizes import megabytes
 from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.job import Job
@@ -136,12 +137,13 @@ class Report:
         return "\n".join(lines)
 
     def write(self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange, monitor: Monitor) -> None:
-        """report.md, its pictures and recipe.yaml in `out_dir`."""
+        """report.md, its pictures, results.json and recipe.yaml in `out_dir`."""
         draw_losses(out_dir / "loss.png", monitor.rows)
         if monitor.seen:
             draw_blocks(out_dir / "blocks.png", monitor.seen, self.job.plan.n_layer)
         fence = "```"
         write_text(out_dir / "recipe.yaml", self.job.recipe)
+        write_text(out_dir / RESULTS, json.dumps(self._figures(outcome), indent=2) + "\n")
         write_text(
             out_dir / "report.md",
             "\n".join(
@@ -179,6 +181,19 @@ class Report:
             ),
         )
 
+    def _figures(self, outcome: Outcome) -> dict[str, Any]:
+        """What the run came to, for programs."""
+        reached = {name: None if value == float("inf") else value for name, value in asdict(outcome).items()}
+        return {
+            "method": self.job.method,
+            "layers": format_layers(self.job.plan.layers),
+            "trained_parameters": self.job.plan.n_trained,
+            "parameters": self.job.plan.n_parameters,
+            "epochs": outcome.step / self.schedule.steps_per_epoch,
+            "peak_memory": peak_memory(self.device),
+            **reached,
+        }
+
     def _export(self, final: str, out_dir: Path) -> str:
         if self.job.plan.lora is not None:
             return f"litfreeze merge_lora --checkpoint_dir {final}"
@@ -208,7 +223,7 @@ class Report:
         lines.append(
             f"Speed     {outcome.step} steps in {outcome.seconds:.1f} s "
             f"({outcome.wall_seconds:.1f} s with validating and saving), "
-            f"{outcome.tokens / max(outcome.seconds, 1e-9):,.0f} tokens/s, peak memory {peak_memory(self.device)}"
+            f"{outcome.tokens / max(outcome.seconds, 1e-9):,.0f} tokens/s, peak memory {describe_peak(self.device)}"
         )
         return lines
 
@@ -275,12 +290,16 @@ def _epoch_seconds(rows: list[dict[str, Any]], steps_per_epoch: int) -> list[flo
     return [until[step] - until[step - steps_per_epoch] for step in ends]
 
 
-def peak_memory(device: torch.device) -> str:
-    """The most that this process held: on the GPU if it trains there, else of the whole process."""
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process held: on the GPU if it trains there, else of the whole process."""
     if device.type == "cuda":
-        return f"{megabytes(torch.cuda.max_memory_allocated(device))} on the GPU"
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    return megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe_peak(device: torch.device) -> str:
+    return megabytes(peak_memory(device)) + (" on the GPU" if device.type == "cuda" else "")
 
 
 def _dialogue(exchange: Exchange) -> list[str]:

@@ -1,0 +1,110 @@
+"""`litfreeze rank`: which blocks to train, by their weights or by what they do on your data."""
+
+import os
+from pathlib import Path
+from typing import Optional
+
+from litfreeze.choose.words import NEED_DATA, RECORDS, Method
+from litfreeze.data.args import DataArgs
+
+MICRO_BATCH = 4  # as in finetune
+
+
+def setup(
+    checkpoint_dir: Optional[Path] = None,
+    base_dir: Optional[Path] = None,
+    method: Method = "spectrum",
+    data: DataArgs = DataArgs(),
+    samples: Optional[int] = None,
+    micro_batch_size: Optional[int] = None,
+    accelerator: str = "auto",
+    seed: int = 1337,
+    out_json: Optional[Path] = None,
+    png: Optional[Path] = None,
+):
+    """Rank the blocks of a model: which to train first. Nothing is trained.
+
+    `--trainable_layers rank:spectrum:4` in finetune trains the best four at once.
+
+    Args:
+        checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
+        base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
+        method: spectrum: the signal-to-noise ratio of the weights (Spectrum). gradient: the loss's gradient on your
+            data, relative to the weights. angular: how far a block turns the residual stream (ShortGPT). random: by
+            chance. spectrum and random need no data.
+        data: The records that gradient and angular look at.
+        samples: How many of them: 64 unless said. They are those that a run with this seed takes first.
+        micro_batch_size: Samples in one forward pass: 4 unless said. gradient is a mean over these.
+        accelerator: cpu, cuda, mps or auto.
+        seed: Fixes which records are looked at, and the ranking of random.
+        out_json: Write every figure to this file, module by module.
+        png: Draw the scores in this file.
+    """
+    import shlex
+
+    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.tensors import write_text
+    from litfreeze.choose.rank import MEANINGS, rank
+    from litfreeze.choose.sample import draw_batches
+    from litfreeze.demo import MODEL_DIR
+    from litfreeze.errors import UsageError
+    from litfreeze.finetune.setting import with_demo_data
+    from litfreeze.freeze.layers import format_layers
+    from litfreeze.launch import build_fabric
+
+    for option, file in (("out_json", out_json), ("png", png)):
+        if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+            raise UsageError(f"--{option} {file} must name a file, in a folder that is there.")
+    for option, number in (("samples", samples), ("micro_batch_size", micro_batch_size)):
+        if number is not None and number < 1:
+            raise UsageError(f"--{option} {number} must be at least 1.")
+    if method not in NEED_DATA and (data != DataArgs() or samples is not None or micro_batch_size is not None):
+        unused = "--data" if data != DataArgs() else "--samples" if samples is not None else "--micro_batch_size"
+        raise UsageError(
+            f"{unused}: {method} looks at no data. Leave it out, or choose --method {' or '.join(NEED_DATA)}."
+        )
+    checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir)
+    device = build_fabric(accelerator, 1, 1, None)[0].device
+    batches = None
+    named = not isinstance(data, DataArgs) or data.path is not None
+    if method in NEED_DATA and checkpoint.lora is None and (named or checkpoint_dir is None):
+        data = with_demo_data(data)
+        batches = draw_batches(checkpoint, data, samples or RECORDS, micro_batch_size or MICRO_BATCH, seed)
+    ranking = rank(checkpoint, method, seed, device, batches)
+    if out_json is not None:
+        given = {"checkpoint": str(checkpoint.path), "data": None if batches is None else str(data.path)}
+        write_text(Path(out_json), ranking.to_json(**given))
+    if png is not None:
+        draw(Path(png), ranking, str(checkpoint.path))
+    print(f"Ranked    {checkpoint.path}, by {ranking.how()}\n\n{ranking.table()}\n\n{MEANINGS[method]}")
+    best = format_layers(ranking.best(max(1, checkpoint.config.n_layer // 4)))
+    words = [] if checkpoint_dir is None else ["--checkpoint_dir", str(checkpoint_dir)]
+    words += [] if base_dir is None else ["--base_dir", str(base_dir)]
+    words += [] if batches is None or checkpoint_dir is None else ["--data", str(data.path)]
+    print(f"Next      litfreeze finetune full {shlex.join([*words, '--trainable_layers', best])}")
+    return ranking
+
+
+def draw(path: Path, ranking, title: str) -> None:
+    """The scores of a `Ranking` as bars, from the lowest block to the highest, its best quarter in colour: a PNG."""
+    from matplotlib.figure import Figure
+
+    depth = len(ranking.scores)
+    best = ranking.best(max(1, depth // 4))
+    figure = Figure((min(14, 3 + 0.25 * depth), 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(range(depth), ranking.scores, color=["#1f77b4" if i in best else "#c9d3da" for i in range(depth)])
+    axes.set(xlabel="block", ylabel="score")
+    axes.set_xticks(range(0, depth, max(1, depth // 24)))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{ranking.how()}: {title}", loc="left", fontsize=9, wrap=True)
+
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as out:
+            figure.savefig(out, dpi=150, format="png")
+            out.flush()
+            os.fsync(out.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
