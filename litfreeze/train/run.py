@@ -16,6 +16,7 @@ from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoi
 from litfreeze.checkpoint.merge import FoldedTensors, write_merged
 from litfreeze.checkpoint.resume import restore
 from litfreeze.checkpoint.trained import Proof
+from litfreeze.data.args import DataArgs
 from litfreeze.data.prompt import Prompt
 from litfreeze.data.samples import Samples, load_samples
 from litfreeze.errors import RunError, UsageError
@@ -60,6 +61,8 @@ def run(fabric: Fabric, job: Job) -> Result:
     planned = stages(job.plan, job.thawing, schedule.max_steps, schedule.steps_per_epoch, schedule.warmup)
     if job.frozen.freeze_quantize:
         check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device, planned[0].untouched)
+    if fabric.broadcast(sorted(job.plan.trained)) != sorted(job.plan.trained):  # each of them may have ranked the blocks
+        raise RunError("The processes came to different layers. Take the ids that litfreeze rank tells.")
     out_dir = fabric.broadcast(claim(job.out_dir, job.method) if fabric.is_global_zero else None)
     job = replace(job, checkpoint=_with_base_on_disk(fabric, job.checkpoint, out_dir))
     keeper = Keeper(job, out_dir, samples, schedule, planned, saved_prompt)
@@ -156,26 +159,31 @@ def _load(fabric: Fabric, job: Job, planned: Sequence[Stage], i: int, monitor: M
     return gpt
 
 
-def _load_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
-    """The samples, no longer than the model can take; validation at most `--eval.max_samples`, drawn once."""
-    block_size = job.checkpoint.config.block_size
-    length = job.data.max_seq_length or min(block_size, MAX_SEQ_LENGTH)
+def read_samples(checkpoint: Checkpoint, data: DataArgs, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
+    """The samples, no longer than the model of `checkpoint` can take. Raises UsageError if it lacks some token."""
+    block_size, known = checkpoint.config.block_size, checkpoint.config.vocab_size
+    length = data.max_seq_length or min(block_size, MAX_SEQ_LENGTH)
     if length > block_size:
         raise UsageError(f"--data.max_seq_length {length} is more than the {block_size} positions this model has.")
-    samples = load_samples(job.data, tokenizer, prompt, length)
+    samples = load_samples(data, tokenizer, prompt, length)
+    top = max(int(sample.tokens.max()) for sample in samples.train + samples.val)
+    if top >= known:
+        raise UsageError(
+            f"{checkpoint.path}: the tokenizer gives id {top}, but the model has {known} embeddings. "
+            "The tokenizer belongs to another model."
+        )
+    return samples
+
+
+def _load_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
+    """The samples of the run; of validation at most `--eval.max_samples`, drawn once."""
+    samples = read_samples(job.checkpoint, job.data, tokenizer, prompt)
     most = job.eval.max_samples
     if most is not None and len(samples.val) > most:
         drawn = random.Random(job.data.seed).sample(samples.val, most)
         samples = replace(samples, val=drawn, val_unused=len(samples.val) - most)
     if not samples.val and (job.eval.patience is not None or job.eval.interval is not None):
         raise UsageError("--eval.patience and --eval.interval need validation records, and there are none.")
-    top = max(int(sample.tokens.max()) for sample in samples.train + samples.val)
-    known = job.checkpoint.config.vocab_size
-    if top >= known:
-        raise UsageError(
-            f"{job.checkpoint.path}: the tokenizer gives id {top}, but the model has {known} embeddings. "
-            "The tokenizer belongs to another model."
-        )
     return samples
 
 
