@@ -248,17 +248,17 @@ def one_word_each(words: Iterable[str], options: Mapping[str, Any], required: It
             continue
         if name not in options and name != "config":
             raise unknown_option(name, options)
+        hint = options.get(name, Path)
         if not equals:
-            hint = options.get(name, Path)
             alone = not words or re.match("--[A-Za-z]", words[0])
             if alone and bool not in (hint, *get_args(hint)):
                 raise UsageError(f"{flag} needs a value: {expected(hint)}.")
             value = "true" if alone else words.pop(0)
-            if get_origin(hint) is list:  # several words may follow
-                values = [value]
-                while words and not re.match("--[A-Za-z]", words[0]):
-                    values.append(words.pop(0))
-                value = value if values[0].startswith("[") else json.dumps(values)
+        if get_origin(hint) is list and not value.startswith("["):
+            values = [value]
+            while not equals and words and not re.match("--[A-Za-z]", words[0]):
+                values.append(words.pop(0))
+            value = json.dumps(values)
         (files if name == "config" else flags).append(f"--{name}={value}")
     open_ = [name for name in required if not any(flag.startswith(f"--{name}=") for flag in flags)]
     if strays := [word for word in bare if word.startswith("-")] + bare[len(open_) :]:

@@ -97,7 +97,9 @@ def table(tried: Sequence[Tried]) -> str:
         rows.append((one.candidate.words, blocks, share, f"{one.loss:.4f}", f"{one.seconds:,.1f}", each, memory))
     widths = [max(len(row[c]) for row in rows) for c in range(len(head))]
     lines = [
-        "  ".join(cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     lines = [lines[0], "-" * len(lines[0]), *lines[1:]]
@@ -123,8 +125,8 @@ def recommend(tried: Sequence[Tried]) -> tuple[Tried, str]:
         time = taken.seconds / best.seconds
         memory = taken.results["peak_memory"] / best.results["peak_memory"]
         told += (
-            f", as good as the best ({best.candidate.words}, {best.loss:.4f}) within {ALIKE:.0%} of what that gained, in "
-            f"{time:.2f} of its time and {memory:.2f} of its memory."
+            f", as good as the best ({best.candidate.words}, {best.loss:.4f}) within {ALIKE:.0%} of what that gained, "
+            f"in {time:.2f} of its time and {memory:.2f} of its memory."
         )
     if began <= best.loss:
         told = f"No candidate got below the loss before training, {began:.4f}: try another --train.lr or more steps."

@@ -46,7 +46,8 @@ def put_ids(
 def check_words(
     layers: Layers, n_layer: int, new: Sequence[int], option: str = "trainable_layers"
 ) -> dict[str, tuple[Method, int]]:
-    """The rankings among `layers`, each with its method and count. Raises UsageError unless all words mean something."""
+    """The rankings among `layers`, each with its method and count. Raises UsageError unless all words mean something,
+    with `option` for where they came from."""
     parts = split_layers(layers, option)
     asked = {part: _method_and_count(part, n_layer) for part in parts if _is_rank(part)}
     stand_ins = [f"first:{asked[part][1]}" if part in asked else part for part in parts]
