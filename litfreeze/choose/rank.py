@@ -33,15 +33,17 @@ from litfreeze.precision import default_precision
 from litfreeze.train.loss import NextToken
 
 MEANINGS = {
-    "spectrum": "The signal-to-noise ratio of a block's weights, relative to the mean of the same modules in all blocks "
-    "(1 is average). It comes from the weights alone: it has not seen your data, and does not say that training helps.",
+    "spectrum": "Which share of the other blocks a block's modules beat in the signal-to-noise ratio of their weights, "
+    "each among its kind (0.5 is average). It comes from the weights alone: it has not seen your data, and does not "
+    "say that training helps.",
     "gradient": "The norm of the loss's gradient on your data, relative to the norm of the block's weights, before any "
     "training. It says where a first step would pull hardest, not where many steps lead.",
-    "angular": "1 - the mean cosine between what enters and what leaves a block, on your data. It says how much a block "
-    "does to the residual stream, not how much it has to learn.",
+    "angular": "1 - the mean cosine between what enters and what leaves a block, on your data. It says how much a "
+    "block does to the residual stream, not how much it has to learn.",
     "random": "Drawn by chance, from the seed alone. It is what a method has to beat.",
 }
 SLICE = 1024  # rows of a weight that are in double precision at a time
+ROUNDING = 1e-6  # of fp32 weights, relative to the largest singular value
 IQR_OF_NORMAL = 1.349  # interquartile range of a normal distribution, in its standard deviations
 
 
@@ -137,8 +139,9 @@ def rank(
 def spectrum(checkpoint: Checkpoint, device: torch.device) -> Ranking:
     """Spectrum (Hartford et al., arXiv 2406.06623) on the linear layers of the blocks, a weight in memory at a time.
 
-    Spectrum ranks modules of one kind against each other. A block's score is the mean over its modules of their ratio
-    (`signal_to_noise`) relative to the mean of that kind over all blocks, so that no kind outweighs another."""
+    Spectrum ranks modules of one kind against each other by `signal_to_noise`, and nothing but their order counts: one
+    ratio may be twenty times the others. A block's score is the mean over its modules of the share of the other blocks
+    whose module of that kind has a lower ratio, an equal one counting half."""
     modules: dict[str, list[Optional[float]]] = defaultdict(list)
     names = [name for name in linear_layers(checkpoint.config) if block_of(name) is not None]
     for name in _progress(names, "weight"):
@@ -147,12 +150,14 @@ def spectrum(checkpoint: Checkpoint, device: torch.device) -> Ranking:
         if not values.isfinite().all():
             raise UsageError(f"{checkpoint.path}: {name}.weight holds values that are NaN or infinite.")
         modules[name.split(".", 2)[2]].append(signal_to_noise(values, weight.shape))
-    means = {kind: sum(ratios) / len(ratios) or 1.0 for kind, ratios in modules.items()}
-    scores = [
-        sum(ratios[i] / means[kind] for kind, ratios in modules.items()) / len(modules)
-        for i in range(checkpoint.config.n_layer)
-    ]
-    return Ranking("spectrum", {}, scores, dict(modules))
+    beaten = [[_beaten(ratios, i) for ratios in modules.values()] for i in range(checkpoint.config.n_layer)]
+    return Ranking("spectrum", {}, [sum(shares) / len(shares) for shares in beaten], dict(modules))
+
+
+def _beaten(ratios: Sequence[float], i: int) -> float:
+    """The share of the other `ratios` that are lower than the one at `i`, equal ones counting half."""
+    lower = sum((ratio < ratios[i]) + 0.5 * (ratio == ratios[i]) for ratio in ratios) - 0.5  # itself
+    return lower / max(1, len(ratios) - 1)
 
 
 def singular_values(weight: Tensor, device: torch.device) -> Tensor:
@@ -175,17 +180,22 @@ def singular_values(weight: Tensor, device: torch.device) -> Tensor:
 def signal_to_noise(values: Tensor, shape: Sequence[int]) -> float:
     """Spectrum's ratio of a matrix of this `shape` with these singular `values`:
 
-        σ = IQR(S) / 1.349    β = smaller side / larger side    ε = σ (1 + √β)    Σ S[S > ε] / Σ S[S ≤ ε] / max S
+        s = IQR(S) / 1.349    β = smaller side / larger side    ε = s (1 + √β)    Σ S[S > ε] / Σ S[S ≤ ε] / max S
 
-    ε is where the Marchenko-Pastur law ends, √((1 + √β)²) times σ in its authors' code, with σ from the spread of the
-    singular values themselves. 0 for a matrix of zeros; the noise counts as no less than what rounding leaves."""
+    ε stands for where the Marchenko-Pastur law ends; its authors' code has s √((1 + √β)²). Where nothing is at most ε
+    the noise counts as 1, as there. 0 for a matrix of zeros; noise is no less than what rounding leaves.
+
+    It orders weights of one kind, and is no test for signal: s comes from the spread of the singular values and not
+    from their size, so that a part of pure noise lies above ε, and one strong direction makes max S larger and the
+    ratio smaller."""
     largest = values[0].item()
     if largest == 0:
         return 0.0
     low, high = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=values.dtype)).tolist()
     edge = (high - low) / IQR_OF_NORMAL * (1 + math.sqrt(min(shape) / max(shape)))
-    signal, noise = values[values > edge].sum().item(), values[values <= edge].sum().item()
-    return signal / max(noise, largest * 1e-6) / largest
+    below = values[values <= edge]
+    noise = max(below.sum().item(), largest * ROUNDING) if len(below) else 1.0
+    return values[values > edge].sum().item() / noise / largest
 
 
 # --- gradient and angular -------------------------------------------------------------------------------------------
@@ -236,7 +246,7 @@ def _taking(squares: dict[str, Tensor], name: str) -> Callable[[nn.Parameter], N
 
 def _square(tensor: Tensor) -> Tensor:
     """‖tensor‖², fp32, where it is."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
+    return tensor.float().norm().square()
 
 
 def _norms(squares: Mapping[str, Tensor], parts: Mapping[tuple[int, str], list[str]]) -> dict[tuple[int, str], float]:

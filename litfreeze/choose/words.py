@@ -1,5 +1,5 @@
-"""`rank:spectrum:4` among the words for layers, and the ids that take its place. No heavy import: the command line reads
-this file."""
+"""`rank:spectrum:4` among the words for layers, and the ids that take its place. No heavy import: the command line
+reads this file."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -59,7 +59,8 @@ def check_method(method: str, where: str) -> None:
     """Raises UsageError, which begins with `where`, if there is no such method."""
     if method not in METHODS:
         raise UsageError(
-            f"{where}: no ranking is called {method!r}.{did_you_mean(method, METHODS)} Choose from {', '.join(METHODS)}."
+            f"{where}: no ranking is called {method!r}.{did_you_mean(method, METHODS)} "
+            f"Choose from {', '.join(METHODS)}."
         )
 
 

@@ -64,6 +64,8 @@ def test_what_a_spec_means(spec, expected):
         ("50%-51%", "match no block"),
         ("none,1", "stands alone"),
         ("None", "Did you mean 'none'"),
+        ("rank:spectrum:4", "takes a ranking"),
+        ("0,rank", "takes a ranking"),
         ("ten", "not understood"),
         ("1.5", "not understood"),
         ("1_0", "not understood"),
