@@ -72,7 +72,7 @@ def step_flops(config: "Config", every: Rows, targets: Rows, choice: Choice) -> 
                 flops += _linear(rows.tokens, into, choice.lora_r, input_grad, weight_grad=True)
                 flops += _linear(rows.tokens, choice.lora_r, onto, input_grad=True, weight_grad=True)
         flops += (2 + 4) * 2 * queries * out.pairs
-    return flops + _linear(targets.tokens, C, config.vocab_size, input_grad=True, weight_grad=choice.head)
+    return flops + _linear(targets.tokens, C, config.n_outputs, input_grad=True, weight_grad=choice.head)
 
 
 def _linear(rows: int, into: int, onto: int, input_grad: bool, weight_grad: bool) -> int:

@@ -16,6 +16,7 @@ COMMANDS = {
     "merge_lora": "litfreeze.scripts.merge:merge_lora",
     "merge_delta": "litfreeze.scripts.merge:merge_delta",
     "generate": "litfreeze.generate.base:setup",
+    "classify": "litfreeze.generate.classify:setup",
     "sweep": "litfreeze.scripts.sweep:setup",
     "layers": "litfreeze.scripts.layers:setup",
     "rank": "litfreeze.scripts.rank:setup",

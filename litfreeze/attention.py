@@ -67,6 +67,9 @@ class Dense:
         return attend(q, k, v, self.masks[window])
 
 
+MANY = 2  # copies of the keys are too many
+
+
 class Span(NamedTuple):
     """Neighbouring rows of a stream, `start` to `stop`, and the rows of what comes before them in their sequence, as
     (start, stop) in order."""
@@ -92,6 +95,11 @@ class Stretches(NamedTuple):
     rows: Optional[Tensor]
     longest: tuple[int, int]
 
+    @property
+    def copies(self) -> int:
+        """How many rows of keys it needs."""
+        return 0 if self.rows is None else len(self.rows)
+
     def to(self, device: torch.device) -> "Stretches":
         """The same on `device`."""
         return Stretches(*(None if part is None else part.to(device) for part in self[:3]), self.longest)
@@ -108,6 +116,7 @@ class Packed:
         self.spans = spans
         self.asking = [self._asking(span, None) for span in spans]
         self.few = None if rows is None else [self._asking(span, rows) for span in spans]
+        self.rows = rows
         self.masks: dict[tuple[int, Optional[int], bool], Optional[Tensor]] = {}
         self.laid: dict[bool, Stretches] = {}
 
@@ -115,11 +124,7 @@ class Packed:
         """(N, H, D), or (M, H, D), and (N, G, D) to what q is."""
         every = len(q) == len(k)
         if (kernel := at_once(v.device, v.dtype, v.shape[-1])) is not None:
-            if every not in self.laid:
-                self.laid[every] = self.stretches(every).to(v.device)
-            rows, k = self.laid[every].rows, k.to(v.dtype)
-            keys, values = (k, v) if rows is None else (k.index_select(0, rows), v.index_select(0, rows))  # (K, G, D)
-            return kernel(q.to(v.dtype), keys, values, self.laid[every], window)
+            return self._in_one_call(kernel, q.to(v.dtype), k.to(v.dtype), v, window)
         seen = []
         for i, (first, last, positions) in enumerate(self.asking if every else self.few):
             if first == last:
@@ -130,6 +135,19 @@ class Packed:
             keys, values = (self._of(self.spans[i], t) for t in (k, v))  # (1, S, G, D)
             seen.append(attend(q[None, first:last], keys, values, self.masks[i, window, every])[0])
         return torch.cat(seen) if len(seen) > 1 else seen[0]
+
+    def _in_one_call(self, kernel: "Kernel", q: Tensor, k: Tensor, v: Tensor, window: Optional[int]) -> Tensor:
+        every = len(q) == len(k)
+        if every not in self.laid:
+            self.laid[every] = self.stretches(every).to(v.device)
+        if not every and self.laid[every].copies > MANY * len(k):
+            # Every turn of a long dialogue would have a copy of what comes before it: rather ask for all rows
+            rows = self.rows.to(v.device)
+            asked = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)  # (N, H, D)
+            return self._in_one_call(kernel, asked, k, v, window).index_select(0, rows)
+        seen = self.laid[every].rows
+        keys, values = (k, v) if seen is None else (k.index_select(0, seen), v.index_select(0, seen))  # (K, G, D)
+        return kernel(q, keys, values, self.laid[every], window)
 
     def stretches(self, every: bool) -> Stretches:
         """Of the queries of every row, or of those alone that it was made with."""
@@ -183,7 +201,10 @@ def at_once(device: torch.device, dtype: torch.dtype, head_size: int) -> Optiona
     Ampere or later, a half-precision dtype and heads of at most 256, in eights; older versions of torch do not have
     it, or not with windows and groups."""
     fits = dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
-    if device.type != "cuda" or not fits or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or not fits or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0) or (head_size > 192 and capability not in ((8, 0), (9, 0))):  # too little shared memory
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn

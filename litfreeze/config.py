@@ -6,7 +6,7 @@ mathematics alone, or refused: a field that is silently dropped would be a wrong
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -58,7 +58,14 @@ class Config:
     parallel_residual: bool = False
     tie_embeddings: bool = False
     initializer_range: float = 0.02
-    new_blocks: tuple[int, ...] = ()  # that `litfreeze expand` put in: it writes this field, other tools ignore it
+    # Those that `litfreeze expand` put in. It writes this field; the mathematics is the same without
+    new_blocks: tuple[int, ...] = field(default=(), compare=False)
+    labels: tuple[str, ...] = ()  # the classes of a classifier, in the order of its logits; a language model has none
+
+    @property
+    def n_outputs(self) -> int:
+        """How many logits the head gives: one for each class or, in a language model, for each token."""
+        return len(self.labels) or self.vocab_size
 
     @classmethod
     def from_file(cls, path: Path) -> "Config":
@@ -76,11 +83,18 @@ class Config:
                 f"{source}: model_type {model_type!r} is not supported.{did_you_mean(model_type, FAMILIES)} "
                 f"Supported: {', '.join(FAMILIES)}."
             )
-        for architecture in fields.words("architectures"):
-            if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
-                raise UsageError(f"{source}: architecture {architecture} is not a causal language model.")
+        architectures = fields.words("architectures")
+        for architecture in architectures:
+            if not architecture.endswith(("ForCausalLM", "LMHeadModel", CLASSIFIER)):
+                raise UsageError(
+                    f"{source}: architecture {architecture} is neither a causal language model nor its classifier "
+                    f"(…{CLASSIFIER})."
+                )
         config = FAMILIES[model_type](fields, model_type)
         config = replace(config, new_blocks=fields.blocks("new_blocks", config.n_layer))
+        if any(architecture.endswith(CLASSIFIER) for architecture in architectures):
+            # Whatever the file says of the head of its language model: a classifier's has no embedding to share
+            config = replace(config, labels=fields.classes(), tie_embeddings=False)
         fields.refuse_the_rest()
         _check(config, source)
         return config
@@ -212,6 +226,8 @@ def _gpt2(fields: "_Fields", _: str) -> Config:
     )
 
 
+CLASSIFIER = "ForSequenceClassification"  # how transformers' names of classifiers end
+
 FAMILIES = {
     "llama": _llama_like,
     "mistral": _llama_like,
@@ -301,6 +317,25 @@ class _Fields:
         if not whole or sorted(set(value)) != value or (value and not 0 <= value[0] <= value[-1] < n_layer):
             raise UsageError(f"{self.source}: {key} is {value!r}; it must be a rising list of ids below {n_layer}.")
         return tuple(value)
+
+    def classes(self) -> tuple[str, ...]:
+        """The names of a classifier's classes: those of id2label which, as in transformers, may be left out of two."""
+        kind = self.take("problem_type", None)
+        if kind not in (None, "single_label_classification"):
+            raise UsageError(f"{self.source}: problem_type {kind!r} is not supported; single_label_classification is.")
+        named = self.take("id2label", None)
+        named = {"0": "LABEL_0", "1": "LABEL_1"} if named is None else named
+        ids = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
+        labels = tuple(named[i] for i in ids if i in named)
+        whole = len(labels) == len(ids) and all(isinstance(label, str) and label for label in labels)
+        if len(labels) < 2 or not whole or len(set(labels)) < len(labels):
+            raise UsageError(
+                f"{self.source}: id2label is {json.dumps(named)[:80]}; it must name two or more classes, each by a "
+                'text of its own, from "0" on without a gap.'
+            )
+        if self.take("num_labels", None) not in (None, len(labels)):
+            raise UsageError(f"{self.source}: num_labels is not the number of classes in id2label, {len(labels)}.")
+        return labels
 
     def activation(self, key: str, default: str) -> str:
         name = self.take(key, default)

@@ -10,7 +10,7 @@ The residual stream is (..., C): batches (B, T, C) under `Dense` attention or a 
 sequences under `Packed`; see attention.py. Frozen weights may be kept in a smaller dtype than the stream: they are cast
 where they are used, and never as a whole.
 
-Shapes: C n_embd, H n_head, G n_query_groups, D head_size, V vocab_size.
+Shapes: C n_embd, H n_head, G n_query_groups, D head_size, V n_outputs.
 """
 
 import math
@@ -27,9 +27,10 @@ from litfreeze.config import Config, RoPE
 
 
 class GPT(nn.Module):
-    """A causal language model. Parameters: `embed`, `pos_embed` (if positions are learned), `blocks.0 …`,
-    `final_norm`, `head` (the same tensor as `embed` when the config ties them). They mean nothing until they are
-    loaded or `init_weights` draws them.
+    """A causal language model or, with `labels` in its config, a classifier: the logits after a text's last token are
+    those of its class. Parameters: `embed`, `pos_embed` (if positions are learned), `blocks.0 …`, `final_norm`, `head`
+    (the same tensor as `embed` when the config ties them). They mean nothing until they are loaded or `init_weights`
+    draws them.
 
     `stream` is the dtype of the residual stream; by default that of the embedding."""
 
@@ -41,7 +42,7 @@ class GPT(nn.Module):
         self.pos_embed = None if config.rope else blank_embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.final_norm = build_norm(config, config.n_embd)
-        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.n_outputs, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -262,7 +263,7 @@ class _Kept(torch.autograd.Function):
         x = first[0] @ first[1].to(grad.dtype)  # (N, in)
         for column, part in others:
             x.addmm_(column, part.to(grad.dtype))
-        return x.view(*grad.shape[:-1], -1), None
+        return x.view(*grad.shape[:-1], x.shape[-1]), None
 
 
 class RMSNorm(nn.Module):

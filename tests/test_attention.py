@@ -65,6 +65,24 @@ def test_one_call_answers_what_a_call_for_each_span_does(stream, window, every):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_long_dialogue_does_not_copy_its_keys_for_every_turn():
+    rows = torch.arange(1, 60, 3)
+    packed = Packed([Span(0, 60)], rows)
+    assert packed.stretches(every=False).copies > 5 * 60
+    seen = []
+
+    def kernel(q, keys, values, stretches, window):
+        seen.append(len(keys))
+        return plain_kernel(q, keys, values, stretches, window)
+
+    leaves = [torch.randn(60, heads, SIZE) for heads in (HEADS, GROUPS, GROUPS)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "at_once", lambda *_: kernel)
+        in_one = packed(leaves[0][rows], *leaves[1:], None, 0)
+    assert seen == [60]
+    torch.testing.assert_close(in_one, packed(leaves[0][rows], *leaves[1:], None, 0), rtol=1e-4, atol=1e-5)
+
+
 def test_whole_sequences_need_no_copy_of_their_keys():
     assert Packed([Span(0, 3), Span(3, 7)]).stretches(every=True).rows is None
     shared = Packed([Span(0, 3), Span(3, 7, ((0, 3),)), Span(7, 8, ((0, 3),))]).stretches(every=True)

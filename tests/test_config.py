@@ -181,7 +181,7 @@ REFUSED = [
     ({"model_type": None}, "model_type None is not supported"),
     ({"model_type": "lama"}, "Did you mean 'llama'?"),
     ({"model_type": "mixtral"}, "Supported: llama, mistral, qwen2, qwen3, gpt_neox, gpt2"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not a causal"),
+    ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification is neither a causal"),
     ({"hidden_act": "gelu_10"}, "hidden_act 'gelu_10' is not supported. Supported: silu,"),
     ({"hidden_size": None}, "hidden_size is missing"),
     ({"hidden_size": 0}, "hidden_size is 0; it must be a positive whole number"),

@@ -116,6 +116,24 @@ def test_damaged_settings_are_not_taken(damage):
         LoRA.from_dict({**LoRA({MODULE: 2}, {MODULE: 4.0}).to_dict(), **damage})
 
 
+def test_dora_under_dropout_is_as_pefts():
+    """What is stretched has seen the dropout, what passes through has not."""
+    made = layer(LoRA({MODULE: 4}, {MODULE: 8.0}, dora=True), dropout=0.5).train()
+    x = torch.randn(6, 7, requires_grad=True)
+    torch.manual_seed(3)
+    told = made(x)
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(x, 0.5)
+    stretch = made.lora_magnitude / made.row_lengths()
+    plain, seen = (nn.functional.linear(t, made.weight) for t in (x, dropped))
+    update = made.scale * dropped @ made.lora_A.T @ made.lora_B.T
+    y = plain + (stretch - 1) * seen + stretch * update + made.bias
+    torch.testing.assert_close(told, y, rtol=1e-4, atol=1e-4)
+    leaves, push = [x, made.lora_A, made.lora_B, made.lora_magnitude], torch.randn_like(y)
+    ours, theirs = (torch.autograd.grad(out, leaves, push, retain_graph=True) for out in (told, y))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_falls_on_the_adapter_alone_and_in_training_alone():
     made = layer(LoRA({MODULE: 4}, {MODULE: 4.0}), dropout=0.5)
     x = torch.randn(64, 7)

@@ -26,6 +26,7 @@ from litfreeze.model import meta_parameters
 
 STRETCH = 2**20  # elements in work at once: 8 MiB for each copy in fp64
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+HEAD = "head.weight"
 NO_MATTER = ("tie_embeddings", "initializer_range")  # of a config, once a tied head is compared as the embedding
 
 
@@ -274,7 +275,7 @@ class Comparison:
         change, label = sum((self.parts[part] for part in run), Change()), str(run[0])
         if isinstance(run[0], int):
             label = f"block {run[0]}" if len(run) == 1 else f"blocks {run[0]}-{run[-1]}"
-        elif run[0] == "embed" and "head" not in self.parts:
+        elif run[0] == "embed" and self.a.config.tie_embeddings and self.b.config.tie_embeddings:
             label = "embed (also the head)"
         elif run[0] == "head" and self.a.config.tie_embeddings != self.b.config.tie_embeddings:
             label = f"head (embed in {'A' if self.a.config.tie_embeddings else 'B'})"
@@ -298,15 +299,20 @@ def compare(a: Checkpoint, b: Checkpoint, expect_only: Optional[Spec] = None) ->
     """Compares every weight of `a` and `b`, reading one tensor of each at a time.
 
     `expect_only` names what may have changed, for `Comparison.unexpected`. Raises UsageError for words it does not
-    understand and, telling what differs, unless both have one shape."""
+    understand and, telling what differs, unless both have one shape. Heads for different classes, or for classes and
+    for language, are left out: they are a difference of the configs."""
     side_a, side_b = Side.of(a), Side.of(b)
     tied = side_a.config.tie_embeddings and side_b.config.tie_embeddings
     configs = [replace(side.config, tie_embeddings=tied) for side in (side_a, side_b)]
     differences = _differences(*configs)
-    shapes = [{name: p.shape for name, p in meta_parameters(config).items()} for config in configs]
+    others = {HEAD} if configs[0].labels != configs[1].labels else set()
+    shapes = [{n: p.shape for n, p in meta_parameters(config).items() if n not in others} for config in configs]
     if shapes[0] != shapes[1]:
         raise UsageError(f"{a.path} and {b.path} have different shapes: {'; '.join(differences[:3])}.")
     expected = None if expect_only is None else _expected_parts(expect_only, configs[0])
+    if others and "head" in (expected or ()):
+        expected = [part for part in expected if part != "head"]
+        differences = _differences(*(replace(config, labels=()) for config in configs))
     changes = {name: measure(side_a.read(name), side_b.read(name)) for name in shapes[0]}
     return Comparison(side_a, side_b, changes, differences, expected)
 
@@ -340,6 +346,8 @@ def _differences(a: Any, b: Any, within: str = "") -> list[str]:
             continue
         if is_dataclass(x) and is_dataclass(y):
             found += _differences(x, y, f"{field.name}.")
+        elif field.name == "labels" and len(x) != len(y):  # a language model has none
+            found.append(f"the head has {len(x) or 'no'} classes in A and {len(y) or 'none'} in B")
         elif isinstance(x, tuple):  # block by block; the first says enough
             pairs = enumerate(zip(x, y, strict=False))
             found += [f"{field.name}[{i}] is {v} in A and {w} in B" for i, (v, w) in pairs if v != w][:1]

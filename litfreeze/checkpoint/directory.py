@@ -233,9 +233,14 @@ def _open_over_base(
         if sha256(stored[name], stored.layout(name)[0]) != manifest["tensors"].get(name):
             raise UsageError(f"{stored.files[name].path}: {name} is damaged: its sha256 is not the one on record.")
     base = open_beneath(path, manifest, base_dir, force_base)
-    if base.config.tie_embeddings and not config.tie_embeddings:
+    expected = config
+    if config.labels and not base.config.labels:  # a classifier over a language model, whose head it does not need
+        expected = replace(config, labels=(), tie_embeddings=base.config.tie_embeddings)
+        if "head.weight" not in stored:
+            raise UsageError(f"{stored.path}: tensor head.weight is missing from its weights.")
+    elif base.config.tie_embeddings and not config.tie_embeddings:
         base = base.untied()
-    if base.config != config:
+    if base.config != expected:
         raise UsageError(f"{base.path} has another shape than the model that {path} was trained on.")
     dtypes = {name: stored.layout(name)[0] for name in stored}
     return Checkpoint(path, path, hf_config, config, stored, dtypes, manifest, base=base, lora=lora)

@@ -14,7 +14,8 @@ from torch import Tensor
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.write import write_checkpoint
 from litfreeze.config import Config
-from litfreeze.freeze.plan import block_of
+from litfreeze.errors import UsageError
+from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.model import meta_parameters
 
 WRITES = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")  # into the residual stream
@@ -75,6 +76,32 @@ def _deeper(hf: Mapping[str, Any], sources: Sequence[int], new: list[int]) -> di
         first = hf.get("max_window_layers", 28)
         deeper["max_window_layers"] = first + sum(sources[j] < first for j in new)
     return deeper
+
+
+def check_new_blocks(checkpoint: Checkpoint, plan: FreezePlan) -> None:
+    """Raises UsageError if something trains in a new block that can never learn: nothing passes through its projections
+    into the residual stream, which are zero, and neither of them trains so that it would not stay so."""
+    for i in checkpoint.config.new_blocks:
+        trains = {name.removeprefix(f"blocks.{i}.") for name in plan.trained_in_block(i)}
+        writes = {name.rpartition(".")[0] for name in trains if "o_proj." in name or "down_proj." in name}
+        if not trains:
+            continue
+        zero = [name for name in ("attn.o_proj", "mlp.down_proj") if not _any(checkpoint, f"blocks.{i}.{name}.weight")]
+        dora = plan.lora.ranks if plan.lora is not None and plan.lora.dora else ()
+        if stretched := [name for name in zero if f"blocks.{i}.{name}" in dora]:
+            raise UsageError(
+                f"--use_dora: blocks.{i}.{stretched[0]} is zero, as new blocks begin, and DoRA stretches what is "
+                "there. Leave --use_dora out, or train the new blocks in full first."
+            )
+        if len(zero) == 2 and not writes:
+            raise UsageError(
+                f"The new block {i} would never learn: its o_proj and down_proj begin at zero and do not train. Train "
+                "one of them too, or leave the block out of --trainable_layers."
+            )
+
+
+def _any(checkpoint: Checkpoint, name: str) -> bool:
+    return bool(checkpoint.read(name).any())
 
 
 def write_expanded(out_dir: Path, expanded: Checkpoint) -> None:

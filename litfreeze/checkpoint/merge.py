@@ -17,6 +17,7 @@ from litfreeze.checkpoint.write import stored_as, write_checkpoint
 from litfreeze.errors import UsageError
 from litfreeze.lora import MAGNITUDE, A, B, folded, model_parameters
 
+HEAD = "head.weight"
 ROWS_BYTES = 16 * 1024**2  # of fp32 weights in work at once
 
 
@@ -81,7 +82,7 @@ class FoldedTensors(Mapping):
         return name in self.dtypes  # Mapping's own would fold the tensor
 
     def __getitem__(self, name: str) -> Tensor:
-        before = self.base.read(name)
+        before = self._before(name)
         module = name.rpartition(".")[0] if name.endswith(".weight") else ""
         adapted = [part for part in self.parts if part[0].lora is not None and module in part[0].lora.ranks]
         changed = [part for part in self.parts if part in adapted or name in part[0].replaced]
@@ -90,6 +91,13 @@ class FoldedTensors(Mapping):
         if len(changed) == 1 and not adapted and changed[0][1] == 1:
             return self._counted(before, changed[0][0].read(name), self.dtypes[name])
         return self._fold(name, module, before, changed)
+
+    def _before(self, name: str) -> Tensor:
+        """The base's weight. Where the base is a language model under a classifier, its head counts as zeros."""
+        first = self.parts[0][0]
+        if name == HEAD and _has_new_head(first):
+            return torch.zeros(first.config.n_outputs, first.config.n_embd, dtype=first.dtype(name))
+        return self.base.read(name)
 
     def _fold(self, name: str, module: str, before: Tensor, changed: list[tuple[Checkpoint, float]]) -> Tensor:
         rounded = torch.empty(before.shape, dtype=self.dtypes[name])
@@ -117,6 +125,11 @@ class FoldedTensors(Mapping):
         return rounded
 
 
+def _has_new_head(checkpoint: Checkpoint) -> bool:
+    """Whether it is a classifier over a language model."""
+    return bool(checkpoint.config.labels) and not checkpoint.whole.config.labels
+
+
 def _own_rows(checkpoint: Checkpoint, name: str, module: str, rows: slice) -> Tensor:
     """Some rows of the weight as `checkpoint` has it, its adapter folded in: (n, in) fp32."""
     weight, lora = checkpoint.read(name)[rows], checkpoint.lora
@@ -142,12 +155,15 @@ def fold(
             raise UsageError(f"{other.path} was trained over another base than {first.path}: they cannot be merged.")
         if other.config.tie_embeddings != first.config.tie_embeddings:
             raise UsageError(f"Of {first.path} and {other.path} one has untied its head: they cannot be merged.")
+        if other.config.labels != first.config.labels:
+            raise UsageError(f"{first.path} and {other.path} do not know the same classes: they cannot be merged.")
     adapts_head = any(checkpoint.lora is not None and "head" in checkpoint.lora.ranks for checkpoint in checkpoints)
     if adapts_head and first.config.tie_embeddings:
         checkpoints = [checkpoint.untied() for checkpoint in checkpoints]
         first = checkpoints[0]
     names = model_parameters(first.config)
-    dtypes = {name: dtype or first.whole.dtype(name) for name in names}
+    own = {HEAD} if _has_new_head(first) else ()
+    dtypes = {name: dtype or (first if name in own else first.whole).dtype(name) for name in names}
     tensors = FoldedTensors(checkpoints, weights, dtypes)
     made = {"tensors": tensors, "dtypes": dtypes, "base": None, "lora": None, "aliases": {}}
     return replace(first, **made, manifest=first.without_hashes())

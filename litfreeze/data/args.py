@@ -17,6 +17,9 @@ class DataArgs:
         prompt_style: How a record becomes text: chat_template (the checkpoint's own), alpaca, chatml, llama3 or plain.
             By default what the checkpoint was trained with, else its chat template, else alpaca.
         prompt_args: Variables for the chat template, such as {"enable_thinking": false}. Saved with the checkpoint.
+        text_key: For --task classification: the key of the text. By default text, sentence, utterance, prompt,
+            instruction or question.
+        label_key: And that of the class: label, category, intent, class, completion, output or answer.
         mask_prompt: Learn from the responses only; false learns from every token.
         packing: `on` trains on streams of records without pads; `off` pads each to the longest of its micro-batch.
         share_prompts: Compute what records of a micro-batch begin with only once; needs packing.
@@ -33,6 +36,8 @@ class DataArgs:
     format: Literal["auto", "alpaca", "chat", "completion", "text"] = "auto"
     prompt_style: Optional[str] = None
     prompt_args: Optional[dict[str, Any]] = None
+    text_key: Optional[str] = None
+    label_key: Optional[str] = None
     mask_prompt: bool = True
     packing: Literal["on", "off"] = "on"
     share_prompts: bool = True
@@ -42,3 +47,24 @@ class DataArgs:
     val_path: Optional[Path] = None
     val_split_fraction: Optional[float] = None
     seed: int = 42
+
+
+@dataclass
+class TextArgs:
+    """The texts that `litfreeze classify` reads.
+
+    Args:
+        path: A .json, .jsonl, .csv or .txt file, or a folder of them. `--data FILE` is short for `--data.path FILE`. If
+            its records have labels, the answers are counted against them.
+        text_key: The key of the text. By default text, sentence, utterance, prompt, instruction or question.
+        label_key: And that of the class, if there is one: label, category, intent, class, completion, output or answer.
+        max_seq_length: Texts are cut behind so many tokens; by default 1024, or what the model can take if that is
+            less, as in training.
+        bad_records: A record that cannot be read stops the command, or is skipped and counted.
+    """
+
+    path: Optional[Path] = None
+    text_key: Optional[str] = None
+    label_key: Optional[str] = None
+    max_seq_length: Optional[int] = None
+    bad_records: Literal["stop", "skip"] = "stop"

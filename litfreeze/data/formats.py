@@ -73,11 +73,11 @@ def _turns(fields: Mapping[str, Any], key: str, role_key: str, content_key: str)
         where = f"message {number} of {key!r}"
         if not isinstance(turn, dict):
             raise UsageError(f"{where} should be an object with {role_key!r} and {content_key!r}")
-        role = _ROLES.get(_string(turn, role_key, where))
+        role = _ROLES.get(text_in(turn, role_key, where))
         if role is None:
             raise UsageError(f"{where} has the unknown {role_key} {turn[role_key]!r}; known are {', '.join(_ROLES)}")
         others = {name: value for name, value in turn.items() if name not in (role_key, content_key)}
-        messages.append({"role": role, "content": _string(turn, content_key, where), **others})
+        messages.append({"role": role, "content": text_in(turn, content_key, where), **others})
     if not any(message["role"] == "assistant" for message in messages):
         raise UsageError(f"{key!r} holds no assistant message to learn from")
     return messages
@@ -94,15 +94,15 @@ def _alpaca(fields: Mapping[str, Any]) -> list[Message] | None:
         if not (isinstance(pair, list) and len(pair) == 2):
             raise UsageError("'history' should be a list of [instruction, output] pairs")
         earlier = {"instruction": pair[0], "output": pair[1]}
-        messages.append({"role": "user", "content": _string(earlier, "instruction", "'history'")})
-        messages.append({"role": "assistant", "content": _string(earlier, "output", "'history'")})
-    instruction = _string(fields, "instruction")
+        messages.append({"role": "user", "content": text_in(earlier, "instruction", "'history'")})
+        messages.append({"role": "assistant", "content": text_in(earlier, "output", "'history'")})
+    instruction = text_in(fields, "instruction")
     user: Message = {"role": "user", "content": instruction}
     if fields.get("input"):
         # The alpaca style writes the two under headings of their own; every other style takes the content.
-        given = _string(fields, "input")
+        given = text_in(fields, "input")
         user |= {"content": f"{instruction}\n\n{given}", "instruction": instruction, "input": given}
-    return [*messages, user, {"role": "assistant", "content": _string(fields, "output")}]
+    return [*messages, user, {"role": "assistant", "content": text_in(fields, "output")}]
 
 
 def _completion(fields: Mapping[str, Any]) -> list[Message] | None:
@@ -110,21 +110,21 @@ def _completion(fields: Mapping[str, Any]) -> list[Message] | None:
         if prompt in fields and completion in fields:
             return [
                 *_system(fields),
-                {"role": "user", "content": _string(fields, prompt)},
-                {"role": "assistant", "content": _string(fields, completion)},
+                {"role": "user", "content": text_in(fields, prompt)},
+                {"role": "assistant", "content": text_in(fields, completion)},
             ]
     return None
 
 
 def _text(fields: Mapping[str, Any]) -> str | None:
-    return _string(fields, "text") if "text" in fields else None
+    return text_in(fields, "text") if "text" in fields else None
 
 
 def _system(fields: Mapping[str, Any]) -> list[Message]:
-    return [{"role": "system", "content": _string(fields, "system")}] if fields.get("system") else []
+    return [{"role": "system", "content": text_in(fields, "system")}] if fields.get("system") else []
 
 
-def _string(fields: Mapping[str, Any], key: str, where: str = "") -> str:
+def text_in(fields: Mapping[str, Any], key: str, where: str = "") -> str:
     """`fields[key]`, if it is text that can be written as UTF-8."""
     prefix = f"{where}: " if where else ""
     if key not in fields:

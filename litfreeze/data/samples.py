@@ -4,7 +4,8 @@ What happens to a record that cannot teach is decided here, and counted in `Coun
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain
@@ -21,6 +22,8 @@ from litfreeze.tokenizer import Tokenizer
 
 IGNORE = -100  # the label of a token that is not learned
 VAL_SPLIT = 0.1  # share of the records kept for validation unless said
+MOST_CLASSES = 12  # shown to a person
+MAX_SEQ_LENGTH = 1024  # tokens, where neither --data.max_seq_length nor the model says less
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +105,7 @@ class Samples:
         counts: Of the training data, before a part of it was split off.
         val_counts: Of validation data from files of their own, else None.
         val_unused: Validation samples left out to save time.
+        labels: The classes, if samples are texts with one of them each (data/classes.py).
     """
 
     train: list[Sample]
@@ -109,19 +113,28 @@ class Samples:
     counts: Counts
     val_counts: Counts | None = None
     val_unused: int = 0
+    labels: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Two lines for a person: what was read, and what it became."""
+        """Two lines for a person: what was read, and what it became; of a classifier's, one more for the classes."""
         read = self.counts.describe()
         if self.val_counts is not None:
             read += f"; validation: {self.val_counts.describe()}"
         unused = f" ({self.val_unused:,} more are not used: --eval.max_samples)" if self.val_unused else ""
         tokens = sum(len(sample.tokens) for sample in self.train)
         learned = sum(int((sample.labels[1:] != IGNORE).sum()) for sample in self.train)
+        told = f"{_plural(tokens, 'token')}, {learned:,} of them learned"
+        classes = ""
+        if self.labels:
+            told = _plural(tokens - len(self.train), "token")  # a class stands in the place of the last one
+            found = Counter(self.labels[sample.labels[-1]] for sample in self.train).most_common()
+            each = [f"{label} ({count:,})" for label, count in found]
+            each[MOST_CLASSES - 1 : -1] = ["…"] if len(each) > MOST_CLASSES else each[MOST_CLASSES - 1 : -1]
+            classes = f"\n{len(self.labels)} classes: {', '.join(each)}."
         return (
             f"Read {read}.\n"
-            f"{_plural(len(self.train), 'sample')} for training ({_plural(tokens, 'token')}, {learned:,} of them "
-            f"learned), {len(self.val):,} for validation{unused}."
+            f"{_plural(len(self.train), 'sample')} for training ({told}), {len(self.val):,} for validation{unused}."
+            f"{classes}"
         )
 
 
@@ -138,18 +151,28 @@ def load_samples(args: DataArgs, tokenizer: Tokenizer, prompt: Prompt, max_seq_l
     Raises:
         UsageError: Data is missing, unreadable or bad (first three places named), or nothing usable is left.
     """
-    if args.path is None:
-        raise UsageError("No data was given; name a file or folder with --data.")
     if max_seq_length < 2:
         raise UsageError(f"--data.max_seq_length is {max_seq_length}; a sample needs at least 2 tokens.")
+    return read_and_split(args, lambda path: _read_samples(path, args, tokenizer, prompt, max_seq_length))
+
+
+def read_and_split(
+    args: DataArgs,
+    read: Callable[[Path], tuple[list[Sample], Counts]],
+    kind: Callable[[Sample], int] = lambda _: 0,
+) -> Samples:
+    """The samples that `read` makes of a file or folder, split as `load_samples` says. Of each `kind` of sample, one at
+    least stays for training, though validation may get fewer then."""
+    if args.path is None:
+        raise UsageError("No data was given; name a file or folder with --data.")
     fraction = VAL_SPLIT if args.val_split_fraction is None else args.val_split_fraction
     if not 0 <= fraction < 1:
         raise UsageError(f"--data.val_split_fraction is {fraction}; it should be from 0 to below 1.")
     if args.val_path is not None and args.val_split_fraction is not None:
         raise UsageError("--data.val_path and --data.val_split_fraction both choose validation records; keep one.")
-    samples, counts = _read_samples(args.path, args, tokenizer, prompt, max_seq_length)
+    samples, counts = read(args.path)
     if args.val_path is not None:
-        val, val_counts = _read_samples(args.val_path, args, tokenizer, prompt, max_seq_length)
+        val, val_counts = read(args.val_path)
         return Samples(samples, val, counts, val_counts)
     if fraction == 0:
         return Samples(samples, [], counts)
@@ -162,7 +185,11 @@ def load_samples(args: DataArgs, tokenizer: Tokenizer, prompt: Prompt, max_seq_l
     order = list(range(len(samples)))
     random.Random(args.seed).shuffle(order)
     n_val = min(max(round(len(samples) * fraction), 1), len(samples) - 1)
-    kept = set(order[:n_val])
+    left, kept = Counter(map(kind, samples)), set()
+    for i in order:
+        if len(kept) < n_val and left[kind(samples[i])] > 1:
+            left[kind(samples[i])] -= 1
+            kept.add(i)
     train = [sample for i, sample in enumerate(samples) if i not in kept]
     return Samples(train, [samples[i] for i in sorted(kept)], counts)
 
@@ -189,20 +216,25 @@ def _read_samples(
                 conversations.append((prompt.segments(conversation), record.source))
         except UsageError as error:
             problems.append(f"{record.source}: {error}")
-    if problems and args.bad_records == "stop":
-        more = f" (and {len(problems) - 3:,} more)" if len(problems) > 3 else ""
-        raise UsageError(
-            f"{_plural(len(problems), 'bad record')}: {'; '.join(problems[:3])}{more}.\n"
-            "Mend them, or leave them out with --data.bad_records skip."
-        )
-    counts.bad = len(problems)
-
+    counts.bad = count_bad(problems, args.bad_records)
     samples = _conversation_samples(conversations, args, tokenizer, max_seq_length, counts)
     samples += _text_samples(texts, tokenizer, max_seq_length)
     counts.samples = len(samples)
     if not samples:
         raise UsageError(f"{path} leaves nothing to learn from: {counts.describe()}.")
     return samples, counts
+
+
+def count_bad(problems: Sequence[str], bad_records: str) -> int:
+    """How many records have `problems`, each told with its place. Raises UsageError about the first three if
+    `bad_records` is "stop"."""
+    if problems and bad_records == "stop":
+        more = f" (and {len(problems) - 3:,} more)" if len(problems) > 3 else ""
+        raise UsageError(
+            f"{_plural(len(problems), 'bad record')}: {'; '.join(problems[:3])}{more}.\n"
+            "Mend them, or leave them out with --data.bad_records skip."
+        )
+    return len(problems)
 
 
 def _responses(conversation: list[Message] | str) -> list[str]:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+from litfreeze.checkpoint.classifier import HEAD
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.merge import fold
 from litfreeze.errors import UsageError
@@ -85,7 +86,8 @@ def _fresh(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint
 def _continued(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, FreezePlan, list[str]]:
     lora = opened.lora
     trained = (opened.manifest or {}).get("training", {}).get("trained", opened.replaced)
-    in_full = [name for name in opened.replaced if name in trained]
+    # A classifier's head always trains, a fresh one over a language model's adapter too
+    in_full = [name for name in opened.replaced if name in trained or (name == HEAD and opened.config.labels)]
     _refuse_conflicts(opened, in_full, options)
     told = [f"Continues {lora.describe()} of {opened.path}, over {opened.base.path}.", *_past(opened)]
     new = lora

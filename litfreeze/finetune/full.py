@@ -16,6 +16,7 @@ def setup(
     out_dir: Optional[Path] = None,
     base_dir: Optional[Path] = None,
     resume: Union[bool, Path] = False,
+    task: Literal["language", "classification"] = "language",
     trainable_layers: Layers = None,
     trainable_modules: Names = None,
     trainable_extra: Names = None,
@@ -46,6 +47,8 @@ def setup(
         out_dir: Where the run is written; by default a new folder `out/finetune/full`.
         base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
         resume: Go on with an interrupted run: its folder, or the newest one if none is named. It keeps its options.
+        task: Learn to write, or to tell the class of a text: classification puts a new head in place of the language
+            model's, with a logit for each label in the data, and trains it beside what else is named.
         trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  new  all  none;
             rank:spectrum:4 for the best 4 of litfreeze rank. By default the whole model trains.
         trainable_modules: Inside those blocks only: attn, mlp, norm, q_proj, ...; a glob; or re:... on full names.
@@ -77,8 +80,10 @@ def setup(
 
     import torch
 
+    from litfreeze.checkpoint.classifier import HEAD
     from litfreeze.errors import UsageError
     from litfreeze.finetune.setting import open_base, ranked_layers, settled, start
+    from litfreeze.finetune.task import HEAD_LR, for_task
     from litfreeze.freeze.words import plan_from_words
 
     o = settled(setup, "full", given)
@@ -88,7 +93,8 @@ def setup(
             f"{checkpoint.path} is an adapter. Fold it into its base first (litfreeze merge_lora "
             f"{shlex.quote(str(checkpoint.path))}), or go on with litfreeze finetune lora."
         )
-    notes = ranked_layers(o, checkpoint)
+    checkpoint, notes = for_task(checkpoint, o)
+    notes += ranked_layers(o, checkpoint)
     plan = plan_from_words(
         checkpoint.config,
         trainable_layers=o.trainable_layers,
@@ -104,4 +110,5 @@ def setup(
     if o.save != "full" and plan.trained == set(plan.sizes):
         raise UsageError(f"--save {o.save}: everything trains, so that a delta would be the whole. Name some layers.")
     save_dtype = getattr(torch, o.save_dtype) if o.save_dtype else None
-    return start("full", setup, o, checkpoint, plan, lr=5e-5, save=o.save, save_dtype=save_dtype, notes=tuple(notes))
+    lr = HEAD_LR if checkpoint.config.labels and plan.trained == {HEAD} else 5e-5
+    return start("full", setup, o, checkpoint, plan, lr=lr, save=o.save, save_dtype=save_dtype, notes=tuple(notes))

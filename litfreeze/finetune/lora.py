@@ -17,6 +17,7 @@ def setup(
     base_dir: Optional[Path] = None,
     force_base: bool = False,
     resume: Union[bool, Path] = False,
+    task: Literal["language", "classification"] = "language",
     trainable_layers: Layers = None,
     lora_targets: Names = None,
     lora_r: Optional[int] = None,
@@ -52,6 +53,8 @@ def setup(
         base_dir: The base of an adapter, where it is not where it was.
         force_base: Accept a base with other weights than the adapter was trained on.
         resume: Go on with an interrupted run: its folder, or the newest one if none is named. It keeps its options.
+        task: Learn to write, or to tell the class of a text: classification puts a new head in place of the language
+            model's, with a logit for each label in the data, and trains it in full beside the adapter.
         trainable_layers: Blocks that get an adapter: 10,11  0-3,8  -2:  last:8  20%-80%  all; rank:spectrum:4 for
             the best 4 of litfreeze rank. By default all those that do not train in full.
         lora_targets: Linear layers inside them: q_proj,v_proj ...; attn, mlp; a glob; re:...; all (the default). head
@@ -85,10 +88,12 @@ def setup(
 
     from litfreeze.finetune.adapter import begin, default_lr
     from litfreeze.finetune.setting import open_base, ranked_layers, settled, start
+    from litfreeze.finetune.task import for_task
 
     o = settled(setup, "lora", given)
     opened = open_base(o.checkpoint_dir, o.untie_embeddings, o.base_dir, o.force_base)
+    opened, of_task = for_task(opened, o)
     ranked = ranked_layers(o, opened)
     checkpoint, plan, notes = begin(opened, o)
     lr, about_lr = default_lr(opened, o)
-    return start("lora", setup, o, checkpoint, plan, lr, save="delta", notes=(*notes, *ranked, *about_lr))
+    return start("lora", setup, o, checkpoint, plan, lr, save="delta", notes=(*of_task, *notes, *ranked, *about_lr))

@@ -71,7 +71,7 @@ def estimate_memory(
     each = [_per_token(plan, precision, i) for i in range(max(plan.lowest, 0), plan.n_layer)]
     entering = len(each) * plan.config.n_embd * precision.stream.itemsize
     activations = batch_tokens * (entering + max(each, default=0) if thrift.recompute else sum(each))
-    vocabulary = plan.config.vocab_size
+    vocabulary = plan.config.n_outputs
     wide = 4 + precision.compute.itemsize * (precision.compute != torch.float32)  # fp32, and as the head gives them
     activations += trained * precision.compute.itemsize * (precision.compute != precision.trained)
     return Memory(

@@ -68,13 +68,16 @@ class FreezePlan:
     ) -> "FreezePlan":
         """The adapter trains, and the weights `full` themselves.
 
-        LoRA+ (Hayou et al., arXiv 2402.12354) trains B at `lora_plus_ratio` times the learning rate; `full` train at
-        `full_lr_ratio` times it. Raises UsageError if a layer would carry an adapter and train in full too."""
+        LoRA+ (Hayou et al., arXiv 2402.12354) trains B at `lora_plus_ratio` times the learning rate; `full`, less a
+        classifier's head, train at `full_lr_ratio` times it. Raises UsageError if a layer would carry an adapter and
+        train in full too."""
         full = frozenset(full)
         if both := sorted(name for name in lora.ranks if f"{name}.weight" in full):
             raise UsageError(f"{both[0]} cannot train in full and carry an adapter too. Leave it out of one of them.")
         trained = full.union(*(lora.parameters(module) for module in lora.ranks))
-        scales = dict.fromkeys(full, full_lr_ratio) | {f"{module}.{B}": lora_plus_ratio for module in lora.ranks}
+        # A classifier's head begins from nothing, as the adapter does
+        slower = full - {"head.weight"} if config.labels else full
+        scales = dict.fromkeys(slower, full_lr_ratio) | {f"{module}.{B}": lora_plus_ratio for module in lora.ranks}
         scales = {name: scale for name, scale in scales.items() if scale != 1}
         return cls(config, _sizes(config, lora), trained, lora, scales, lora_plus_ratio)
 

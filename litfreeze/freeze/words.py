@@ -13,15 +13,16 @@ from litfreeze.lora import linear_layers
 LISA_INTERVAL = 20  # steps
 # LLaMA-Factory takes the names of transformers' modules
 MODULE_ALIASES = {"self_attn": "attn", "input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"}
-EXTRA_ALIASES = {"embed_tokens": "embed", "lm_head": "head", "norm": "final_norm"}
+EXTRA_ALIASES = {"embed_tokens": "embed", "lm_head": "head", "score": "head", "norm": "final_norm"}
 
 
 def weights_in_full(config: Config, layers: Optional[Spec], extra: Names) -> frozenset[str]:
-    """The weights that train themselves beside an adapter: all of the blocks `layers`, and the extras."""
-    if layers is None and extra is None:
+    """The weights that train themselves beside an adapter: all of the blocks `layers`, the extras, and the head of a
+    classifier."""
+    if layers is None and extra is None and not config.labels:
         return frozenset()
     parse_layers("none" if layers is None else layers, config.n_layer, "full_layers", config.new_blocks)
-    words = [EXTRA_ALIASES.get(word, word) for word in _split(extra) or ()]
+    words = _extras(config, _split(extra))
     if not words and layers == "none":
         return frozenset()
     return FreezePlan.choose(config, "none" if layers is None else layers, extra=words).trained
@@ -39,7 +40,8 @@ def plan_from_words(
     use_llama_pro: bool = False,
     thaw: ThawArgs = ThawArgs(),
 ) -> FreezePlan:
-    """The plan these words ask for; with no word at all, everything trains. It has all that trains at any time.
+    """The plan these words ask for; with no word at all, everything trains. It has all that trains at any time. The
+    head of a classifier always does.
 
     Raises UsageError for words that contradict each other, and for all that `FreezePlan.choose` refuses."""
     layers = _one_of(
@@ -59,8 +61,13 @@ def plan_from_words(
     if modules is not None:
         modules = [MODULE_ALIASES.get(word, word) for word in modules]
         modules = None if modules == ["all"] else modules
-    extra = [EXTRA_ALIASES.get(word, word) for word in extra or ()]
-    return FreezePlan.choose(config, "all" if layers is None else layers, modules, extra)
+    return FreezePlan.choose(config, "all" if layers is None else layers, modules, _extras(config, extra))
+
+
+def _extras(config: Config, words: Optional[list[str]]) -> list[str]:
+    """What trains outside the blocks, by our names."""
+    ours = [EXTRA_ALIASES.get(word, word) for word in words or ()]
+    return [*ours, "head"] if config.labels and "head" not in ours else ours
 
 
 def thawing_layers(config: Config, thaw: ThawArgs) -> Optional[Spec]:

@@ -58,6 +58,11 @@ def setup(
         raise UsageError("--stop is empty.")
     sampling = Sampling(temperature, top_k, top_p)
     checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir)
+    if checkpoint.config.labels:
+        raise UsageError(
+            f"{checkpoint.path} is a classifier and writes nothing: litfreeze classify --checkpoint_dir "
+            f"{checkpoint.path} --text '…' tells the class of a text."
+        )
     tokenizer = checkpoint.tokenizer()
     if prompt_style is None and checkpoint.prompt is None and tokenizer.chat_template is None:
         prompt_style = "plain"

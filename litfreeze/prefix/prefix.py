@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate
 from typing import Any, Optional
 
@@ -291,7 +291,8 @@ def prefix_key(
     `dtype` of the rows."""
     decides = {
         "format": FORMAT,
-        "config": asdict(config),
+        # Neither the head nor which blocks are new decides anything here
+        "config": asdict(replace(config, labels=(), tie_embeddings=False, new_blocks=())),
         "stop": stop,
         "weights": dict(sorted(hashes.items())),
         "precision": precision.name,

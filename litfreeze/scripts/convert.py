@@ -25,7 +25,8 @@ def from_hf(checkpoint_dir: Path, out_dir: Path) -> Path:
     base = {"kind": "base", "source": str(Path(checkpoint_dir).resolve())}
     write_checkpoint(Path(out_dir), source.hf_config, layout, source.read, base, source.path)
     print(f"{out_dir}: {len(layout)} tensors from {checkpoint_dir}.")
-    print(f"Next: litfreeze finetune full --checkpoint_dir {out_dir} --trainable_layers -2:")
+    task = "--task classification " if source.config.labels else ""
+    print(f"Next: litfreeze finetune full {task}--checkpoint_dir {out_dir} --trainable_layers -2:")
     return Path(out_dir)
 
 
@@ -43,8 +44,10 @@ def to_hf(
     from litfreeze.checkpoint.write import write_hf
     from litfreeze.demo import MODEL_DIR
 
-    count = write_hf(Path(out_dir), open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir))
-    print(f"{out_dir}: {count} tensors. AutoModelForCausalLM.from_pretrained({str(out_dir)!r}) loads it.")
+    checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir)
+    count = write_hf(Path(out_dir), checkpoint)
+    kind = "SequenceClassification" if checkpoint.config.labels else "CausalLM"
+    print(f"{out_dir}: {count} tensors. AutoModelFor{kind}.from_pretrained({str(out_dir)!r}) loads it.")
     return Path(out_dir)
 
 
@@ -96,5 +99,9 @@ def to_peft(
     print(f"{out_dir}: {source.lora.describe()} for {base}.")
     if Path(base, "litfreeze.json").is_file():
         print(f"PEFT needs that base as Hugging Face's: litfreeze convert to_hf --checkpoint_dir {base}")
-    print(f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(out_dir)!r}) loads it.")
+    classes = len(source.config.labels)
+    model = f"AutoModelForCausalLM.from_pretrained({base!r})"
+    if classes:
+        model = f"AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={classes})"
+    print(f"PeftModel.from_pretrained({model}, {str(out_dir)!r}) loads it.")
     return Path(out_dir)

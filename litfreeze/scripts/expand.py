@@ -50,6 +50,11 @@ def setup(
         raise UsageError("--after none leaves the model as it is.")
     if new_blocks not in (None, len(chosen)):
         raise UsageError(f"--new_blocks {new_blocks}, but --after names {len(chosen)} blocks. Keep one of them.")
+    if base.config.new_blocks:
+        print(
+            f"Note      {base.path} has new blocks already, {format_layers(base.config.new_blocks)}. From now on `new` "
+        )
+        print("          means those of this time.")
     base.tokenizer()  # an absent or broken one is told before anything is written
     deeper = expand(base, chosen)
     write_expanded(Path(out_dir), deeper)

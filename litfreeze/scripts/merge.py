@@ -97,7 +97,8 @@ def _merge(parts: list, shares: list[float], out_dir: Path, dtype: Optional[str]
         print("          --dtype float32 keeps all of it, in a larger file.")
     place = shlex.quote(str(out_dir))
     print(f"Written   {out_dir}")
-    print(f"Next      litfreeze generate --checkpoint_dir {place} --prompt Hello")
+    ask = "classify --text" if merged.config.labels else "generate --prompt"
+    print(f"Next      litfreeze {ask.replace(' ', f' --checkpoint_dir {place} ')} Hello")
     print(f"          litfreeze convert to_hf --checkpoint_dir {place} --out_dir {shlex.quote(f'{out_dir}-hf')}")
     return out_dir
 

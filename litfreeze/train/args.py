@@ -12,8 +12,8 @@ class TrainArgs:
     """How long and how fast to train.
 
     Args:
-        lr: Highest learning rate. By default 5e-5 for full weights and 2e-4 for a new adapter; one that goes on begins
-            with half of its last one, and the embedded model brings its own.
+        lr: Highest learning rate. By default 5e-5 for full weights, 0.005 for a classifier's new head, and 2e-4 for a
+            new adapter; one that goes on begins with half of its last one, and the embedded model brings its own.
         epochs: Passes over the training records (3 unless given here or by the embedded model's recipe).
         max_steps: Stop after this many optimizer steps instead.
         max_time: Stop after this long, in seconds or as 90s, 30m, 1h30m.
@@ -34,8 +34,9 @@ class TrainArgs:
             checkpoint and the final one are saved.
         keep_last: How many of those interval checkpoints to keep; by default 2.
         log_interval: Write a line of metrics every this many steps.
-        watch_interval: Look every this many steps, and in the first and the last one, at what each block does: the norm
-            of its gradient, how far the step moves it, how far it has come (blocks.csv, blocks.png); 0 for never.
+        watch_interval: Look every this many steps, and when a block begins to train and in the last step, at what each
+            block does: the norm of its gradient, how far the step moves it, how far it has come (blocks.csv,
+            blocks.png); 0 for never.
     """
 
     lr: Optional[float] = None

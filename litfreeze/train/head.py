@@ -14,8 +14,8 @@ WHOLE = 8  # on whole 8s of rows, products are up to twice as fast as on a few l
 
 
 class HeadLoss(torch.autograd.Function):
-    """`apply(rows, weight, answers, learns)`: cross-entropy in fp32, summed, of rows (M, C) through a head (V, C), and
-    which of the `answers` (M,) are the greedy choice, (M,) bool. With `learns`, gradients are made on the way.
+    """`apply(rows, weight, answers, learns)`: cross-entropy in fp32, summed, of rows (M, C) through a head (V, C) with
+    the `answers` (M,), and the greedy choices (M,) int64. With `learns`, gradients are made on the way.
 
     A slice of the head at a time: the softmax is kept relative to the greatest logit so far (Milakov and Gimelshein,
     arXiv 1805.02867), and what was summed is shrunk when a greater one comes. The gradients, Σ softmax W - W of the
@@ -42,7 +42,7 @@ class HeadLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight) if for_weight else None
         fp32 = {"dtype": torch.float32, "device": rows.device}  # whatever the default dtype is
         loss = torch.zeros((), **fp32)
-        right = []
+        choices = []
         for first in range(0, len(padded), size):
             some, those = padded[first : first + size], expected[first : first + size]  # (R, C), (R,)
             top = torch.full(those.shape, -torch.inf, **fp32)  # (R,), as all of the next two lines
@@ -70,7 +70,7 @@ class HeadLoss(torch.autograd.Function):
                     kept.append((shares, top))
             total = own + others
             learned = those != IGNORE
-            right.append(best == those)
+            choices.append(best)
             loss += ((top + total.log() - logit) * learned).sum()
             missing = others / total * learned  # what the answer's softmax lacks of 1
             if for_rows:
@@ -82,9 +82,9 @@ class HeadLoss(torch.autograd.Function):
                 slope.scatter_add_(0, place, -(missing * inside)[None])
                 _add(d_weight[a:b], slope.to(dtype), some)
         ctx.gradients = None if d_rows is None else d_rows[:asked], d_weight
-        hits = torch.cat(right)[:asked] if right else torch.zeros_like(answers, dtype=torch.bool)
-        ctx.mark_non_differentiable(hits)
-        return loss, hits
+        chosen = torch.cat(choices)[:asked] if choices else torch.zeros_like(answers)
+        ctx.mark_non_differentiable(chosen)
+        return loss, chosen
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None, None]:

@@ -4,7 +4,7 @@ import hashlib
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -124,8 +124,8 @@ class Keeper:
                 "epochs": round(outcome.step / self.schedule.steps_per_epoch, 3),
                 "tokens": outcome.tokens,
                 "precision": job.precision.name,
-                "before": asdict(outcome.before) if outcome.before else None,
-                "after": asdict(outcome.after) if outcome.after else None,
+                "before": outcome.before and asdict(replace(outcome.before, confusion=None)),
+                "after": outcome.after and asdict(replace(outcome.after, confusion=None)),
                 "recipe": job.recipe,
             },
             "history": job.checkpoint.history,

@@ -10,6 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from litfreeze.confusion import macro_f1
 from litfreeze.data.batches import epoch_order, step_indices, steps_per_epoch, val_indices
 from litfreeze.data.samples import IGNORE
 from litfreeze.errors import RunError
@@ -92,7 +93,7 @@ def fit(
         micro_batches = step_indices(order, within, *sizes)
         then = step_indices(order, within + 1, *sizes)[:1] if outcome.step + 1 < until else []
         start = time.perf_counter()
-        looking = watch if watch is not None and watch.due(outcome.step + 1, until) else None
+        looking = watch if watch is not None and watch.due(outcome.step + 1) else None
         loss, norm, tokens = _step(
             fabric, model, optimizer, records, micro_batches, then, train.max_norm, fused, looking
         )
@@ -182,11 +183,16 @@ def validate(fabric: Fabric, model: nn.Module, held_out: Feed, micro_batch_size:
     """Scores over all of `held_out`, the same whatever the number of processes."""
     model.eval()
     samples = held_out.samples
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums, confused = torch.zeros(5, dtype=torch.float64), None
     for given in held_out.given(val_indices(samples, micro_batch_size, fabric.global_rank, fabric.world_size)):
         s = model(*given)
         sums += torch.stack([v.cpu().double() for v in (s.loss, s.targets, s.right, s.exact, s.records)])
+        if s.confusion is not None:
+            confused = s.confusion.cpu() + (0 if confused is None else confused)
     loss, targets, right, exact, records = _sum(fabric, sums).tolist()
+    if confused is not None:
+        counts = _sum(fabric, confused)
+        return Scores(loss / targets, right / targets, None, int(targets), macro_f1(counts.numpy()), counts.tolist())
     answers = all(sample.labels[0] == IGNORE for sample in samples)  # a prompt comes first, and is not learned
     return Scores(loss / targets, right / targets, exact / records if answers else None, int(targets))
 

@@ -19,13 +19,15 @@ class Scored(NamedTuple):
     """Sums over one micro-batch. `loss` (fp32 scalar) carries the gradient; the counts are plain tensors.
 
     `right` counts targets that the greedy choice hits; `exact` the records whose every target it hits, which is when
-    greedy decoding would have written the response word for word; `records` those that have a target at all."""
+    greedy decoding would have written the response word for word; `records` those that have a target at all. A
+    classifier that does not train adds `confusion` (K, K): the records of each class by the class that was chosen."""
 
     loss: Tensor
     targets: Tensor
     right: Tensor
     exact: Tensor
     records: Tensor
+    confusion: Optional[Tensor] = None
 
 
 class NextToken(nn.Module):
@@ -47,28 +49,33 @@ class NextToken(nn.Module):
         recompute = self.recompute and torch.is_grad_enabled()
         x = gpt.run_blocks(x, batch.positions, batch.attention, start, rows=wanted, recompute=recompute)
         x = x if wanted is not None else x.flatten(0, 1)[batch.rows]
-        loss, right = self._head(gpt.final_norm(x), batch.targets)
+        loss, chosen = self._head(gpt.final_norm(x), batch.targets)
         learned = batch.targets != IGNORE  # (M,)
+        right = chosen == batch.targets
         missed, asked = torch.zeros(2, max(1, len(batch.indices)), dtype=torch.int64, device=x.device)
         missed.index_add_(0, batch.records, (learned & ~right).long())
         asked.index_add_(0, batch.records, learned.long())
         exact = (missed == 0) & (asked > 0)
-        return Scored(loss, learned.sum(), right.sum(), exact.sum(), (asked > 0).sum())
+        confusion = None
+        if gpt.config.labels and not self.training:
+            confusion = torch.zeros(2 * (gpt.config.n_outputs,), dtype=torch.int64, device=x.device)
+            confusion.index_put_((batch.targets.clamp(min=0), chosen), learned.long(), accumulate=True)
+        return Scored(loss, learned.sum(), right.sum(), exact.sum(), (asked > 0).sum(), confusion)
 
     def _head(self, rows: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss, and which of the M answers are the greedy choice."""
+        """Summed loss of the M answers, and the greedy choices (M,)."""
         head = self.gpt.head
         if type(head) is Linear:
             return HeadLoss.apply(rows, head.weight, answers, torch.is_grad_enabled())
         # With an adapter: autograd knows how, and the logits of a chunk are made again in backward
-        parts, right = [], []
+        parts, choices = [], []
         size = logit_rows(head.weight.shape[0])
         for some, those in zip(rows.split(size), answers.split(size), strict=True):
-            part, hit = checkpoint(self._adapted, some, those, use_reentrant=False)
+            part, chosen = checkpoint(self._adapted, some, those, use_reentrant=False)
             parts.append(part)
-            right.append(hit)
-        return torch.stack(parts).sum(), torch.cat(right)
+            choices.append(chosen)
+        return torch.stack(parts).sum(), torch.cat(choices)
 
     def _adapted(self, rows: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.gpt.head(rows).float()
-        return F.cross_entropy(logits, answers, reduction="sum", ignore_index=IGNORE), logits.argmax(-1) == answers
+        return F.cross_entropy(logits, answers, reduction="sum", ignore_index=IGNORE), logits.argmax(-1)

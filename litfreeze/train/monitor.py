@@ -16,7 +16,7 @@ from litfreeze.train.watch import Seen
 
 COLUMNS = (
     "step", "epoch", "lr", "train_loss", "grad_norm", "tokens", "tokens_per_second", "seconds",
-    "val_loss", "val_accuracy", "val_exact_match",
+    "val_loss", "val_accuracy", "val_exact_match", "val_macro_f1",
 )  # fmt: skip
 
 
@@ -35,7 +35,8 @@ class Monitor:
         self.seen: list[Seen] = []
         if resumed_at:
             self.rows = _rows_until(out_dir / "metrics.csv", resumed_at)
-            self.seen = [_as_seen(row) for row in _rows_until(out_dir / "blocks.csv", resumed_at)]
+            whole = (row for row in _rows_until(out_dir / "blocks.csv", resumed_at) if len(row) == len(BLOCK_COLUMNS))
+            self.seen = [_as_seen(row) for row in whole]
         self.active = rank == 0
         self.max_steps = max_steps
         self.log_interval = log_interval
@@ -78,7 +79,10 @@ class Monitor:
         """A validation after `step` steps is done."""
         if not self.active:
             return
-        self._record(step=step, val_loss=scores.loss, val_accuracy=scores.accuracy, val_exact_match=scores.exact_match)
+        self._record(
+            step=step, val_loss=scores.loss, val_accuracy=scores.accuracy, val_exact_match=scores.exact_match,
+            val_macro_f1=scores.macro_f1,
+        )  # fmt: skip
         self.say(f"step {step}: {scores.describe()}")
         if not self.warned and (notice := over_fitting(self.rows)):
             self.warned = True
@@ -146,11 +150,11 @@ def over_fitting(rows: Sequence[dict[str, Any]]) -> Optional[str]:
         return None
     since = [loss for step, loss in trained if step > best_step]
     until = [loss for step, loss in trained if step <= best_step][-len(since) :]
-    if not until or sum(since) / len(since) >= sum(until) / len(until):
+    if not since or not until or sum(since) / len(since) >= sum(until) / len(until):
         return None
     return (
         f"Over-fitting: since step {best_step} the training loss falls on, and the validation loss rose from "
-        f"{best:.4f} to {validated[-1][1]:.4f}. --eval.patience 2 would stop here; best/ keeps what was best."
+        f"{best:.4f} to {validated[-1][1]:.4f}. --eval.patience ends such a run, --eval.save_best keeps its best."
     )
 
 

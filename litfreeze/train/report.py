@@ -4,16 +4,19 @@ import json
 import resource
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import torch
 
 from litfreeze.checkpoint.tensors import write_text
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.config import DROPOUT
+from litfreeze.confusion import table
 from litfreeze.data.samples import IGNORE, Sample, Samples
 from litfreeze.demo import MODEL_DIR
 from litfreeze.freeze.layers import format_layers
@@ -27,8 +30,8 @@ from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.job import Job
 from litfreeze.train.loop import Schedule
 from litfreeze.train.monitor import Monitor
-from litfreeze.train.outcome import Outcome
-from litfreeze.train.pictures import draw_blocks, draw_losses
+from litfreeze.train.outcome import Outcome, Scores
+from litfreeze.train.pictures import draw_blocks, draw_confusion, draw_losses
 from litfreeze.train.watch import ROWS, Seen
 
 
@@ -42,6 +45,7 @@ class Exchange:
     expected: str
     before: str = ""
     after: str = ""
+    given: str = "Prompt"  # what the prompt is to the model
 
     @classmethod
     def first(cls, tokenizer: Tokenizer, samples: list[Sample]) -> "Exchange":
@@ -53,6 +57,14 @@ class Exchange:
         lines = [line.strip() for line in tokenizer.decode(prompt).splitlines() if len(line.split()) > 1]
         shown = tokenizer.decode(prompt, skip_special_tokens=False)
         return cls(prompt, shown, lines[-1] if lines else "Hello", tokenizer.decode(expected.tolist()))
+
+    @classmethod
+    def classified(cls, tokenizer: Tokenizer, sample: Sample, labels: Sequence[str]) -> "Exchange":
+        """Of a text and its class."""
+        prompt = sample.prompt_tokens.tolist()
+        text = tokenizer.decode(prompt)
+        question = textwrap.shorten(text, 100, placeholder="") or "Hello"
+        return cls(prompt, text, question, labels[sample.labels[-1]], given="Text")
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Report:
                 f"Model     {self._name()} ({config.n_layer} blocks, {self.job.plan.n_parameters:,} parameters)",
                 *(f"          {note}" for note in self.job.notes),
                 f"Data      {self.samples.describe().replace(chr(10), chr(10) + ' ' * 10)}",
-                f"          {f'Prompt style: {prompt_style}' if prompt_style else 'Plain text'}.",
+                f"          {_what_is_read(prompt_style, config.labels)}",
                 f"Run       {schedule.max_steps} steps of {self.job.train.global_batch_size} samples "
                 f"(epochs: {schedule.epochs:.3g}), lr {self.job.train.lr:g} {self.job.train.lr_schedule} "
                 f"after {schedule.warmup} warmup steps, {self.job.precision.name} on {self.device.type}",
@@ -130,15 +142,18 @@ class Report:
         if outcome.stopped:
             lines.append(f"Stopped early: {outcome.stopped}.")
         lines += [
-            f"Written   {final}   (and {out_dir / 'report.md'}, {', '.join(self._beside(monitor))})",
-            "Next      " + f"litfreeze generate --checkpoint_dir {final} --prompt {question}",
+            f"Written   {final}   (and {out_dir / 'report.md'}, {', '.join(self._beside(monitor, outcome))})",
+            f"Next      litfreeze {self._ask(final, question)}",
             f"          {self._export(final, out_dir)}",
         ]
         return "\n".join(lines)
 
     def write(self, out_dir: Path, outcome: Outcome, proof: Proof, exchange: Exchange, monitor: Monitor) -> None:
         """report.md, its pictures, results.json and recipe.yaml in `out_dir`."""
-        draw_losses(out_dir / "loss.png", monitor.rows)
+        labels, scores = self.job.checkpoint.config.labels, outcome.after
+        draw_losses(out_dir / "loss.png", monitor.rows, "record" if labels else "target token")
+        if scores is not None and scores.confusion is not None:
+            draw_confusion(out_dir / "confusion.png", scores.confusion, labels)
         if monitor.seen:
             draw_blocks(out_dir / "blocks.png", monitor.seen, self.job.plan.n_layer)
         fence = "```"
@@ -156,6 +171,7 @@ class Report:
                     "",
                     "![loss](loss.png)",
                     "",
+                    *_of_classes(scores, labels),
                     *_of_blocks(monitor.seen, self.job.checkpoint.config.new_blocks),
                     "## One validation record",
                     "",
@@ -194,6 +210,11 @@ class Report:
             **reached,
         }
 
+    def _ask(self, final: str, question: str) -> str:
+        if self.job.checkpoint.config.labels:
+            return f"classify --checkpoint_dir {final} --text {question}"
+        return f"generate --checkpoint_dir {final} --prompt {question}"
+
     def _export(self, final: str, out_dir: Path) -> str:
         if self.job.plan.lora is not None:
             return f"litfreeze merge_lora --checkpoint_dir {final}"
@@ -203,8 +224,10 @@ class Report:
         return "the embedded demo model" if self.job.checkpoint.path == MODEL_DIR else str(self.job.checkpoint.path)
 
     @staticmethod
-    def _beside(monitor: Monitor) -> list[str]:
-        return ["loss.png", *(["blocks.png"] if monitor.seen else []), "metrics.csv", "recipe.yaml"]
+    def _beside(monitor: Monitor, outcome: Outcome) -> list[str]:
+        confusion = outcome.after is not None and outcome.after.confusion is not None
+        pictures = ["loss.png", *(["confusion.png"] if confusion else []), *(["blocks.png"] if monitor.seen else [])]
+        return [*pictures, "metrics.csv", "recipe.yaml"]
 
     def _results(self, outcome: Outcome, proof: Proof, monitor: Monitor) -> list[str]:
         lines = []
@@ -241,6 +264,12 @@ class Report:
         return min(count, len(lengths)) * lengths[0], sum(targets[:count])
 
 
+def _what_is_read(prompt_style: Optional[str], labels: Sequence[str]) -> str:
+    if labels:
+        return "Plain text; after the last token of each comes its class."
+    return f"Prompt style: {prompt_style}." if prompt_style else "Plain text."
+
+
 def _of_cache(told: str) -> str:
     return "Cache     " + told.replace("\n", "\n" + " " * 10)
 
@@ -258,7 +287,7 @@ def _most_moved(seen: Sequence[Seen]) -> str:
     told = ", ".join(f"{one.part} by {100 * one.drift:.2g} %" for one in last[:4])
     if len(last) > 4:
         told += f", … least {last[-1].part} by {100 * last[-1].drift:.2g} %"
-    return f"{told} of its weights' length (estimated; blocks.png has all)"
+    return f"{told} of its weights' length (estimated at step {seen[-1].step}; blocks.png has all)"
 
 
 def _of_blocks(seen: Sequence[Seen], new: Sequence[int]) -> list[str]:
@@ -277,10 +306,17 @@ def _of_blocks(seen: Sequence[Seen], new: Sequence[int]) -> list[str]:
         name = f"block {part}{' (new)' if part in new else ''}" if isinstance(part, int) else part
         lines.append(
             f"| {name} | {first.grad_norm:.2g} (step {first.step}), {last.grad_norm:.2g} (step {last.step}) "
-            f"| {100 * last.update_ratio:.2g} % | {100 * last.drift:.2g} % |"
+            f"| {100 * last.update_ratio:.2g} % | {100 * last.drift:.2g} % (step {last.step}) |"
         )
     told = f"Shares of the length of its weights, from {ROWS} rows of each matrix; an adapter counts as what it makes."
     return [*lines, "", told, "", "![blocks](blocks.png)", ""]
+
+
+def _of_classes(scores: Optional[Scores], labels: Sequence[str]) -> list[str]:
+    """A section of report.md."""
+    if scores is None or scores.confusion is None:
+        return []
+    return ["## The classes", "", *table(np.array(scores.confusion), labels), "", "![confusion](confusion.png)", ""]
 
 
 def _epoch_seconds(rows: list[dict[str, Any]], steps_per_epoch: int) -> list[float]:
@@ -304,7 +340,7 @@ def describe_peak(device: torch.device) -> str:
 
 def _dialogue(exchange: Exchange) -> list[str]:
     return [
-        f"Prompt    {_shorten(exchange.prompt)}",
+        f"{exchange.given:<10}{_shorten(exchange.prompt)}",
         f"Expected  {_shorten(exchange.expected)}",
         f"Before    {_shorten(exchange.before)}",
         f"After     {_shorten(exchange.after)}",

@@ -13,15 +13,18 @@ import torch
 from lightning_fabric import Fabric
 
 from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
+from litfreeze.checkpoint.expand import check_new_blocks
 from litfreeze.checkpoint.merge import FoldedTensors, write_merged
 from litfreeze.checkpoint.resume import restore
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.data.args import DataArgs
+from litfreeze.data.classes import load_classified
 from litfreeze.data.prompt import Prompt
-from litfreeze.data.samples import Samples, load_samples
+from litfreeze.data.samples import MAX_SEQ_LENGTH, Samples, load_samples
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.quantize import check_quantize, quantize_frozen
 from litfreeze.freeze.thaw import Stage, stages
+from litfreeze.generate.classes import likeliest, probabilities
 from litfreeze.generate.sample import generate_tokens
 from litfreeze.model import GPT
 from litfreeze.outputs import BEST, FINAL, MERGED_BASE, claim, used
@@ -39,8 +42,6 @@ from litfreeze.train.reuse import check_reuse
 from litfreeze.train.stage import make_ready
 from litfreeze.train.watch import Watch
 
-MAX_SEQ_LENGTH = 1024  # unless --data.max_seq_length says otherwise
-
 
 def run(fabric: Fabric, job: Job) -> Result:
     """The run, on one of `fabric`'s processes. Raises UsageError before training starts, RunError after."""
@@ -51,17 +52,20 @@ def run(fabric: Fabric, job: Job) -> Result:
     if job.frozen.fused_backward:
         check_fused_backward(job.train, job.precision.name, fabric.world_size)
     check_reuse(job.frozen, job.plan, fabric.device)
+    check_new_blocks(job.checkpoint, job.plan)
     fabric.seed_everything(job.seed, workers=False, verbose=False)
     tokenizer = job.checkpoint.tokenizer()
     prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
     samples = _load_samples(job, tokenizer, prompt)
-    prompted = any(len(sample.prompt_tokens) for sample in samples.train)  # plain text has no prompt
+    labels = job.checkpoint.config.labels
+    # Plain text has no prompt, and what a classifier reads is the text alone
+    prompted = not labels and any(len(sample.prompt_tokens) for sample in samples.train)
     saved_prompt = prompt.to_dict() if prompted else job.checkpoint.prompt
     schedule = Schedule.plan(len(samples.train), job.train, job.eval)
     planned = stages(job.plan, job.thawing, schedule.max_steps, schedule.steps_per_epoch, schedule.warmup)
     if job.frozen.freeze_quantize:
         check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device, planned[0].untouched)
-    if fabric.broadcast(sorted(job.plan.trained)) != sorted(job.plan.trained):  # each of them may have ranked the blocks
+    if fabric.broadcast(sorted(job.plan.trained)) != sorted(job.plan.trained):  # each may have ranked the blocks
         raise RunError("The processes came to different layers. Take the ids that litfreeze rank tells.")
     out_dir = fabric.broadcast(claim(job.out_dir, job.method) if fabric.is_global_zero else None)
     job = replace(job, checkpoint=_with_base_on_disk(fabric, job.checkpoint, out_dir))
@@ -80,7 +84,8 @@ def run(fabric: Fabric, job: Job) -> Result:
         to_close.callback(lambda: ready.prefix and ready.prefix.store.close())
         monitor.say(report.arithmetic(ready.stage, ready.reuse.told, ready.reuse.size))
         scaler = getattr(fabric.strategy.precision, "scaler", None)  # of 16-mixed
-        exchange = Exchange.first(tokenizer, samples.val or samples.train)
+        seen = samples.val or samples.train
+        exchange = Exchange.classified(tokenizer, seen[0], labels) if labels else Exchange.first(tokenizer, seen)
         answer_length = job.eval.max_new_tokens
         if job.resume:
             restore(out_dir, gpt, ready.stage.so_far.trained, ready.plain)
@@ -107,7 +112,13 @@ def run(fabric: Fabric, job: Job) -> Result:
 
         watch = None
         if fabric.is_global_zero and job.train.watch_interval:
-            watch = Watch(gpt, job.checkpoint, job.train.watch_interval)
+            watch = Watch(
+                gpt,
+                job.checkpoint,
+                lambda name: job.precision.kept(True, job.checkpoint.dtype(name)),
+                job.train.watch_interval,
+                schedule.max_steps,
+            )
         while True:
             if watch is not None:
                 watch.begin(ready.stage.plan, ready.stage.start + 1)
@@ -165,7 +176,10 @@ def read_samples(checkpoint: Checkpoint, data: DataArgs, tokenizer: Tokenizer, p
     length = data.max_seq_length or min(block_size, MAX_SEQ_LENGTH)
     if length > block_size:
         raise UsageError(f"--data.max_seq_length {length} is more than the {block_size} positions this model has.")
-    samples = load_samples(data, tokenizer, prompt, length)
+    if labels := checkpoint.config.labels:
+        samples = load_classified(data, tokenizer, labels, length, checkpoint.hf_config.get("pad_token_id"))
+    else:
+        samples = load_samples(data, tokenizer, prompt, length)
     top = max(int(sample.tokens.max()) for sample in samples.train + samples.val)
     if top >= known:
         raise UsageError(
@@ -201,8 +215,12 @@ def _with_base_on_disk(fabric: Fabric, checkpoint: Checkpoint, out_dir: Path) ->
 
 @torch.no_grad()
 def _answer(fabric: Fabric, gpt: GPT, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int) -> str:
-    """What the model says greedily; every process enters, since every process holds a part of the model."""
+    """What the model says greedily or, of a classifier, the class it tells; every process enters, since every process
+    holds a part of the model."""
     gpt.eval()
     with fabric.autocast():
+        if labels := gpt.config.labels:
+            [(label, share)] = likeliest(probabilities(gpt, [prompt])[0], labels, 1)
+            return f"{label} ({100 * share:.1f} %)"
         ids = list(generate_tokens(gpt, prompt, max_new_tokens, tokenizer.eos_ids))
     return tokenizer.decode(ids)

@@ -42,10 +42,14 @@ class Watch:
     """Looks at a step of training, in this order: `before` it, at its `gradients`, and `after` it.
 
     Norms of gradients are of all elements. Weights are looked at in `ROWS` rows of each matrix, which stand for all of
-    them, so that the memory and the time it takes do not matter; the start is read from `checkpoint`."""
+    them, so that the memory and the time it takes do not matter; where it began is read from `checkpoint`, in the
+    dtypes that `kept(name)` tells."""
 
-    def __init__(self, gpt: GPT, checkpoint: Checkpoint, interval: int) -> None:
-        self.gpt, self.checkpoint, self.interval = gpt, checkpoint, interval
+    def __init__(
+        self, gpt: GPT, checkpoint: Checkpoint, kept: Callable[[str], torch.dtype], interval: int, last: int
+    ) -> None:
+        self.gpt, self.checkpoint, self.kept = gpt, checkpoint, kept
+        self.interval, self.last_step = interval, last
         self.rows: dict[str, Optional[Tensor]] = {}  # of each weight, which ones are looked at
         self.share: dict[str, float] = {}  # how many each of them stands for
         self.beneath: dict[str, Tensor] = {}  # rows of the frozen weight under an adapter
@@ -53,8 +57,9 @@ class Watch:
         self.known_to_move: set[Part] = set()
 
     def begin(self, plan: FreezePlan, first: int) -> None:
-        """From step `first` (from 1) on `plan` says what trains."""
-        self.plan, self.first = plan, first
+        """From step `first` (from 1) on `plan` says what trains. If some of it had not trained before, `first` is
+        looked at."""
+        before, self.plan = set(self.start), plan
         self.parameters = {name: p for name, p in self.gpt.named_parameters() if name in plan.trained}
         weights = (f"{name.rpartition('.')[0]}.weight" if is_lora(name) else name for name in self.parameters)
         self.weights = list(dict.fromkeys(weights))
@@ -66,11 +71,12 @@ class Watch:
                 self.share[name] = 1.0 if rows is None else len(weight) / len(rows)
                 if name not in plan.trained:
                     self.beneath[name] = _taken(weight, rows)  # in memory it may be quantised
-                self.start[name] = self._look(name, self.checkpoint.read)
+                self.start[name] = self._look(name, self._read_start)
+        self.first = first if set(self.start) > before else None
 
-    def due(self, step: int, last: int) -> bool:
-        """Whether to look at step `step` (from 1), the `last` one being looked at too."""
-        return step % self.interval == 0 or step in (self.first, last)
+    def due(self, step: int) -> bool:
+        """Whether to look at step `step` (from 1)."""
+        return step % self.interval == 0 or step in (self.first, self.last_step)
 
     @torch.no_grad()
     def before(self) -> None:
@@ -91,7 +97,7 @@ class Watch:
 
     @torch.no_grad()
     def after(self, step: int) -> list[Seen]:
-        """What was seen of step `step`, part by part. Raises RunError if a new block stands still in its first one."""
+        """What was seen of step `step`, part by part. Raises RunError if a new block gets no gradient at first."""
         now, found = self._now(), []
         sums: dict[Part, Tensor] = {}
         for name, rows in now.items():
@@ -112,13 +118,16 @@ class Watch:
             if seen.part in self.plan.config.new_blocks and seen.part not in self.known_to_move:
                 if not math.isfinite(seen.grad_norm):
                     continue  # a step that 16-mixed skips
-                if seen.grad_norm == 0 or seen.update_ratio == 0:
-                    lacks = "gets no gradient" if seen.grad_norm == 0 else "does not move"
+                if seen.grad_norm == 0:
                     raise RunError(
-                        f"The new block {seen.part} {lacks} in step {seen.step}, so it would never learn. Train its "
-                        "o_proj or down_proj, which begin at zero, and not only what stands before them."
+                        f"The new block {seen.part} gets no gradient in step {seen.step}, so it would never learn. "
+                        "Look at what trains in it, and above it."
                     )
                 self.known_to_move.add(seen.part)
+
+    def _read_start(self, name: str) -> Tensor:
+        weight = self.checkpoint.read(name)
+        return weight if is_lora(name) else weight.to(self.kept(name))
 
     def _now(self) -> dict[str, Tensor]:
         return {name: self._look(name, self.gpt.get_parameter) for name in self.weights}

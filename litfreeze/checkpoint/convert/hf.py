@@ -132,6 +132,15 @@ NAME_MAPS: dict[str, Mapping[str, Any]] = {
     "gpt_neox": GPT_NEOX,
     "gpt2": GPT2,
 }
+# transformers' classifier of each family
+CLASSIFIERS = {
+    "llama": "LlamaForSequenceClassification",
+    "mistral": "MistralForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+    "gpt_neox": "GPTNeoXForSequenceClassification",
+    "gpt2": "GPT2ForSequenceClassification",
+}
 # Other spellings of the same tensor, by family: what to put in place of the beginning of our table's name
 OTHER_SPELLINGS: dict[str, list[tuple[str, str]]] = {
     "gpt_neox": [("embed_out.", "lm_head.")],
@@ -145,6 +154,7 @@ def links(config: Config, model_type: str, ours: Mapping[str, Any]) -> list[Link
     """The table for a model whose own parameters are `ours` (name to anything), in the model's order."""
     found = []
     for hf, names in NAME_MAPS[model_type].items():
+        hf = "score" if names == "head" and config.labels else hf  # the head of every family's classifier
         names = (names,) if isinstance(names, str) else names
         layers = range(config.n_layer) if "{i}" in hf else (0,)
         for i in layers:

@@ -233,7 +233,7 @@ def as_peft(
     blocks = {module: _block(kinds["weight"]) for module, kinds in modules.items()}
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if config.labels else "CAUSAL_LM",
         **settings_for(ranks, alphas, blocks, config.n_layer),
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,

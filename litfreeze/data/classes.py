@@ -1,0 +1,182 @@
+"""Records to texts and their classes, for a classifier.
+
+Classification is next-token training with another vocabulary: a sample is a text's tokens, and after the last of them
+comes its class, of which the model reads nothing."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+
+from litfreeze.data.args import DataArgs, TextArgs
+from litfreeze.data.formats import text_in
+from litfreeze.data.records import read_records
+from litfreeze.data.samples import IGNORE, Counts, Sample, Samples, count_bad, read_and_split
+from litfreeze.errors import UsageError, did_you_mean
+from litfreeze.tokenizer import Tokenizer
+
+TEXT_KEYS = ("text", "sentence", "utterance", "prompt", "instruction", "question")
+LABEL_KEYS = ("label", "category", "intent", "class", "completion", "output", "answer")
+INPUT = "input"  # beside an instruction, which it is put behind
+
+
+class Labelled(NamedTuple):
+    """A text and its class, None where the record has none; `source` is `file:line` of the record."""
+
+    text: str
+    label: Optional[str]
+    source: str
+
+
+def find_text(fields: Mapping[str, Any], key: Optional[str] = None) -> tuple[str, set[str]]:
+    """The text of a record, and the keys it came from: `key` or, without it, the one of `TEXT_KEYS` that is there.
+
+    Raises UsageError if none is there, or several are."""
+    found = _find(fields, key, TEXT_KEYS, "text")
+    if found is None:
+        raise UsageError(_told(fields, "text", TEXT_KEYS))
+    text = text_in(fields, found)
+    if key is None and found == "instruction" and fields.get(INPUT):
+        return f"{text}\n\n{text_in(fields, INPUT)}", {found, INPUT}
+    return text, {found}
+
+
+def find_label(fields: Mapping[str, Any], key: Optional[str] = None) -> Optional[tuple[str, set[str]]]:
+    """The class of a record, text or a whole number, without blanks around it, and its key: `key` or, without it, the
+    one of `LABEL_KEYS` that is there; None if there is none. Raises UsageError if several are there."""
+    found = _find(fields, key, LABEL_KEYS, "label")
+    if found is None:
+        return None
+    value = fields[found]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value), {found}
+    return text_in(fields, found).strip(), {found}
+
+
+def _find(fields: Mapping[str, Any], key: Optional[str], known: Sequence[str], what: str) -> Optional[str]:
+    if key is not None:
+        if key not in fields:
+            keys = ", ".join(map(repr, fields)) or "none"
+            raise UsageError(f"has no {key!r} (--data.{what}_key), but the keys {keys}{did_you_mean(key, fields)}")
+        return key
+    found = [name for name in known if name in fields]
+    if len(found) > 1:
+        raise UsageError(f"has {' and '.join(map(repr, found))}: say with --data.{what}_key which is the {what}")
+    return found[0] if found else None
+
+
+def _told(fields: Mapping[str, Any], what: str, known: Sequence[str]) -> str:
+    keys = ", ".join(map(repr, fields)) or "none"
+    return f"has the keys {keys}; a {what} is under {', '.join(known)}, or where --data.{what}_key says"
+
+
+def read_labelled(
+    path: Path, args: Union[DataArgs, TextArgs], needs_label: bool = True
+) -> tuple[list[Labelled], Counts]:
+    """The texts of a file or folder with their classes, and what became of its records; a blank text or class is left
+    out. Raises UsageError for records without a text or, if `needs_label`, without a class."""
+    counts, problems, labelled = Counts(), [], []
+    for record in read_records(path):
+        counts.read += 1
+        try:
+            if record.problem:
+                raise UsageError(record.problem)
+            text, used = find_text(record.fields, args.text_key)
+            label, named = find_label(record.fields, args.label_key) or (None, set())
+            if label is None and needs_label:
+                raise UsageError(_told(record.fields, "label", LABEL_KEYS))
+            counts.unused_keys |= set(record.fields) - used - named
+            if text.strip() and label != "":
+                labelled.append(Labelled(text, label, record.source))
+            else:
+                counts.empty += 1
+        except UsageError as error:
+            problems.append(f"{record.source}: {error}")
+    counts.bad = count_bad(problems, args.bad_records)
+    if not labelled:
+        raise UsageError(f"{path} leaves no text to classify: {counts.describe()}.")
+    return labelled, counts
+
+
+def labels_of(args: DataArgs) -> tuple[str, ...]:
+    """The classes of the training data in order, by number if all are whole numbers. Raises UsageError unless these
+    can be learned: two or more, and on average at least two records of each."""
+    labelled, _ = read_labelled(args.path, args)
+    labels = sort_labels({one.label for one in labelled})
+    if len(labels) == 1:
+        raise UsageError(f"{args.path}: every record has the label {labels[0]!r}; a classifier needs two or more.")
+    if len(labels) > len(labelled) / 2:
+        raise UsageError(
+            f"{args.path}: {len(labels):,} different labels in {len(labelled):,} records, such as {labels[0][:60]!r}: "
+            "this is no classification data. Leave out --task classification to learn to write such answers."
+        )
+    return labels
+
+
+def sort_labels(labels: Collection[str]) -> tuple[str, ...]:
+    """In order: by number if all are whole numbers, else as text."""
+    numbers = all(re.fullmatch("-?[0-9]+", label) for label in labels)
+    return tuple(sorted(labels, key=lambda label: (int(label), label) if numbers else (0, label)))
+
+
+def load_classified(
+    args: DataArgs, tokenizer: Tokenizer, labels: Sequence[str], max_seq_length: int, pad_id: Optional[int]
+) -> Samples:
+    """Read texts and their classes, make samples of them and split them as `load_samples` does, except that of every
+    class a record stays for training.
+
+    Raises UsageError for data that is missing or bad, and for a label that is not one of `labels`."""
+    ids = {label: i for i, label in enumerate(labels)}
+
+    def read(path: Path) -> tuple[list[Sample], Counts]:
+        labelled, counts = read_labelled(path, args)
+        if strange := sort_labels({one.label for one in labelled} - set(ids)):
+            first = next(one.source for one in labelled if one.label == strange[0])
+            more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+            raise UsageError(
+                f"{path}: {', '.join(map(repr, strange[:5]))}{more}, first at {first}, is no class of the training "
+                f"data.{did_you_mean(strange[0], labels)} Mend the labels, or train with records of these classes too."
+            )
+        samples = []
+        texts = tokenise([one.text for one in labelled], tokenizer, max_seq_length, pad_id)
+        for one, (tokens, cut) in zip(labelled, texts, strict=True):
+            if not tokens:
+                counts.untargeted += 1
+            elif cut and args.overlong == "drop":
+                counts.dropped += 1
+            else:
+                counts.cut += cut
+                samples.append(as_sample(tokens, ids[one.label], one.source))
+        counts.samples = len(samples)
+        if not samples:
+            raise UsageError(f"{path} leaves nothing to learn from: {counts.describe()}.")
+        return samples, counts
+
+    samples = read_and_split(args, read, kind=lambda sample: int(sample.labels[-1]))
+    samples.labels = tuple(labels)
+    return samples
+
+
+def tokenise(
+    texts: Sequence[str], tokenizer: Tokenizer, max_seq_length: int, pad_id: Optional[int]
+) -> list[tuple[list[int], bool]]:
+    """The tokens of each text, with those that the tokenizer itself puts around it, and whether its end was cut off
+    to leave `max_seq_length`.
+
+    What stands at the end and is `pad_id` goes: transformers, too, reads the class after the last token that is not."""
+    found = []
+    for tokens in tokenizer.encode_batch(texts, special_tokens=True):
+        kept = tokens[:max_seq_length]
+        while kept and kept[-1] == pad_id:
+            kept.pop()
+        found.append((kept, len(tokens) > max_seq_length))
+    return found
+
+
+def as_sample(tokens: Sequence[int], label: int, source: str) -> Sample:
+    """`tokens` (T,) and the class that follows them: a sample of T + 1, in which 0 holds the place that is not read."""
+    labels = np.full(len(tokens) + 1, IGNORE, np.int32)
+    labels[-1] = label
+    return Sample(np.array([*tokens, 0], np.int32), labels, source, (len(tokens), len(tokens) + 1))

@@ -1,0 +1,65 @@
+"""`--task`: what a run learns to do. A classifier begins as a language model with a fresh head, then goes on as one."""
+
+from types import SimpleNamespace
+
+from litfreeze.checkpoint.classifier import as_classifier
+from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.data.args import DataArgs
+from litfreeze.data.classes import labels_of
+from litfreeze.errors import UsageError
+from litfreeze.finetune.setting import with_demo_data
+from litfreeze.freeze.args import RateArgs
+from litfreeze.train.args import EvalArgs
+
+HEAD_LR = 0.005  # of a new head: it begins from nothing, while the blocks already know most of what they will
+LANGUAGE = ("format", "prompt_style", "prompt_args", "mask_prompt")  # options of --data about what is written
+KEYS = ("text_key", "label_key")
+
+
+def for_task(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, list[str]]:
+    """`checkpoint` as `options.task` needs it, and what the person is told about it. The classes are those of the
+    training data. A new head gets a learning rate of its own in `options.rates` if no rate is given.
+
+    Raises UsageError for options that belong to the other task, a classifier that is to learn language, and one whose
+    classes are not those of the data."""
+    data, labels = with_demo_data(options.data), checkpoint.config.labels
+    if options.task == "language":
+        _refuse(data, DataArgs(), KEYS, "data", "classification")
+        if labels:
+            raise UsageError(
+                f"{checkpoint.path} is a classifier of {len(labels)} classes. Say --task classification to go on with "
+                "it; a language model needs the head that it no longer has."
+            )
+        return checkpoint, []
+    _refuse(data, DataArgs(), LANGUAGE, "data", "language")
+    _refuse(options.eval, EvalArgs(), ("max_new_tokens",), "eval", "language")
+    if options.untie_embeddings:
+        raise UsageError("--untie_embeddings: a classifier's head is its own anyway. Leave it out.")
+    found = labels_of(data)
+    if not labels:
+        told = [f"As a classifier: a new head for {len(found)} classes."]
+        if options.checkpoint_dir is not None and options.train.lr is None and options.rates == RateArgs():
+            options.rates = RateArgs(layer_lr=f"head:{HEAD_LR}")
+            told.append(f"It learns at {HEAD_LR} (--layer_lr head:RATE or --train.lr sets another).")
+        return as_classifier(checkpoint, found, options.seed), told
+    if set(found) != set(labels):
+        told = [
+            f"{', '.join(map(repr, some[:3]))}{f' and {len(some) - 3} more' if len(some) > 3 else ''} {where}"
+            for some, where in (
+                (sorted(set(found) - set(labels)), "only in the data"),
+                (sorted(set(labels) - set(found)), "only in the classifier"),
+            )
+            if some
+        ]
+        raise UsageError(
+            f"{checkpoint.path} knows {len(labels)} classes and {data.path} has {len(found)}: {'; '.join(told)}. "
+            "Begin again from the language model, or mend the labels."
+        )
+    return checkpoint, [f"Goes on as a classifier of its {len(labels)} classes."]
+
+
+def _refuse(given: object, defaults: object, names: tuple[str, ...], group: str, task: str) -> None:
+    """Options that only `task` has must be as they are by default."""
+    for name in names:
+        if (value := getattr(given, name)) != getattr(defaults, name):
+            raise UsageError(f"--{group}.{name} {value} belongs to --task {task}. Leave one of them out.")
