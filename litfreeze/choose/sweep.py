@@ -1,8 +1,10 @@
 """Short runs of several choices of layers on one budget, side by side."""
 
 import csv
+import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,9 +14,10 @@ from typing import Any, Optional
 
 from litfreeze.checkpoint.tensors import write_text
 from litfreeze.config import read_json
-from litfreeze.errors import RunError
+from litfreeze.errors import RunError, UsageError
 from litfreeze.outputs import RESULTS
 from litfreeze.sizes import megabytes
+from litfreeze.train.pictures import save_picture
 
 ALIKE = 0.02  # of what the best candidate gained: nearer than this is as good
 
@@ -29,13 +32,17 @@ class Candidate:
 
     @classmethod
     def parse(cls, words: str) -> "Candidate":
-        """'lora:20%-80%' trains an adapter there, '20%-80%' the weights themselves."""
+        """'lora:20%-80%' trains an adapter there, '20%-80%' the weights themselves. Raises UsageError if nothing would
+        train."""
+        if words.removeprefix("lora:").strip() in ("", "none"):
+            raise UsageError(f"--candidates {words!r} trains no block. Name some, as in -2: or lora:all.")
         method = "lora" if words.startswith("lora:") else "full"
         return cls(words, method, words.removeprefix("lora:"))
 
-    def folder(self, number: int) -> str:
-        """A file name that says which one it is."""
-        return f"{number}-{re.sub('[^A-Za-z0-9]+', '_', self.words).strip('_')}"
+    def folder(self, recipe: str, made_of: str) -> str:
+        """A name for its run by all that decides what comes of it: the recipe, and a hash of the model and the data."""
+        decides = hashlib.sha256(f"{recipe}\n{made_of}".encode()).hexdigest()
+        return f"{re.sub('[^A-Za-z0-9]+', '_', self.words).strip('_')}-{decides[:8]}"
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,15 @@ class Tried:
 
 
 def try_candidate(candidate: Candidate, run_dir: Path, recipe: str) -> Tried:
-    """The run of `recipe` (YAML) in a process of its own, so that its memory is its own, logged in `run_dir`.log. One
-    that is there and was made by the same recipe is taken as it is."""
-    recipe_file, results = run_dir.with_suffix(".yaml"), run_dir / RESULTS
-    if results.is_file() and recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == recipe:
+    """The run of `recipe` (YAML) in a process of its own, so that its memory is its own, logged in `run_dir`.log. What
+    is finished is taken as it is; what is not begins anew."""
+    recipe_file, results = run_dir.with_name(f"{run_dir.name}.yaml"), run_dir / RESULTS
+    if results.is_file():
         return Tried(candidate, run_dir, read_json(results))
+    shutil.rmtree(run_dir, ignore_errors=True)
     write_text(recipe_file, recipe)
     words = ["finetune", candidate.method, "--config", str(recipe_file), "--out_dir", str(run_dir)]
-    with run_dir.with_suffix(".log").open("w", encoding="utf-8") as log:
+    with run_dir.with_name(f"{run_dir.name}.log").open("w", encoding="utf-8") as log:
         ended = subprocess.run(
             [sys.executable, "-m", "litfreeze", *words], stdout=log, stderr=subprocess.PIPE, text=True, check=False
         )
@@ -82,6 +90,15 @@ def try_candidate(candidate: Candidate, run_dir: Path, recipe: str) -> Tried:
         told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
         return Tried(candidate, run_dir, failure=(told or ["ended without a result"])[-1].removeprefix("error: "))
     return Tried(candidate, run_dir, read_json(results))
+
+
+def hash_of_files(paths: Sequence[Path]) -> str:
+    """sha256 over the contents of data files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def table(tried: Sequence[Tried]) -> str:
@@ -113,7 +130,7 @@ def recommend(tried: Sequence[Tried]) -> tuple[Tried, str]:
     if not done:
         raise RunError(f"No candidate came to an end. The first one: {tried[0].failure}")
     best = min(done, key=lambda one: one.loss)
-    began = (best.results["before"] or {"loss": best.loss})["loss"]
+    began = best.results["before"]["loss"]
     enough = best.loss + ALIKE * max(0.0, began - best.loss)
     taken = min((one for one in done if one.loss <= enough), key=lambda one: one.seconds)
     steps = f"after {taken.results['best_step']} steps" if taken.results["best_step"] else "which is where it began"
@@ -159,6 +176,4 @@ def draw(path: Path, done: Sequence[Tried]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend()
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=120, format="png")
-    aside.replace(path)
+    save_picture(figure, path)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from litfreeze.errors import UsageError
+
 
 @dataclass
 class DataArgs:
@@ -48,6 +50,9 @@ class DataArgs:
     val_split_fraction: Optional[float] = None
     seed: int = 42
 
+    def __post_init__(self) -> None:
+        _check_length(self.max_seq_length)
+
 
 @dataclass
 class TextArgs:
@@ -68,3 +73,11 @@ class TextArgs:
     label_key: Optional[str] = None
     max_seq_length: Optional[int] = None
     bad_records: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        _check_length(self.max_seq_length)
+
+
+def _check_length(length: Optional[int]) -> None:
+    if length is not None and length < 2:
+        raise UsageError(f"--data.max_seq_length {length}: a sample needs at least 2 tokens.")

@@ -84,7 +84,10 @@ def read_labelled(
             if record.problem:
                 raise UsageError(record.problem)
             text, used = find_text(record.fields, args.text_key)
-            label, named = find_label(record.fields, args.label_key) or (None, set())
+            if not needs_label and _blank_label(record.fields, args.label_key):
+                label, named = None, set()
+            else:
+                label, named = find_label(record.fields, args.label_key) or (None, set())
             if label is None and needs_label:
                 raise UsageError(_told(record.fields, "label", LABEL_KEYS))
             counts.unused_keys |= set(record.fields) - used - named
@@ -98,6 +101,12 @@ def read_labelled(
     if not labelled:
         raise UsageError(f"{path} leaves no text to classify: {counts.describe()}.")
     return labelled, counts
+
+
+def _blank_label(fields: Mapping[str, Any], key: Optional[str]) -> bool:
+    """Whether nothing stands where a class could: a file to classify often has such a column."""
+    values = [fields[name] for name in ([key] if key is not None else LABEL_KEYS) if name in fields]
+    return bool(values) and all(value is None or (isinstance(value, str) and not value.strip()) for value in values)
 
 
 def labels_of(args: DataArgs) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """`--task`: what a run learns to do. A classifier begins as a language model with a fresh head, then goes on as one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 from litfreeze.checkpoint.classifier import as_classifier
@@ -8,7 +9,7 @@ from litfreeze.data.args import DataArgs
 from litfreeze.data.classes import labels_of
 from litfreeze.errors import UsageError
 from litfreeze.finetune.setting import with_demo_data
-from litfreeze.freeze.args import RateArgs
+from litfreeze.freeze.rates import rate_groups
 from litfreeze.train.args import EvalArgs
 
 HEAD_LR = 0.005  # of a new head: it begins from nothing, while the blocks already know most of what they will
@@ -18,7 +19,7 @@ KEYS = ("text_key", "label_key")
 
 def for_task(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, list[str]]:
     """`checkpoint` as `options.task` needs it, and what the person is told about it. The classes are those of the
-    training data. A new head gets a learning rate of its own in `options.rates` if no rate is given.
+    training data. The head gets a learning rate of its own in `options.rates` if none is given.
 
     Raises UsageError for options that belong to the other task, a classifier that is to learn language, and one whose
     classes are not those of the data."""
@@ -37,10 +38,7 @@ def for_task(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoi
         raise UsageError("--untie_embeddings: a classifier's head is its own anyway. Leave it out.")
     found = labels_of(data)
     if not labels:
-        told = [f"As a classifier: a new head for {len(found)} classes."]
-        if options.checkpoint_dir is not None and options.train.lr is None and options.rates == RateArgs():
-            options.rates = RateArgs(layer_lr=f"head:{HEAD_LR}")
-            told.append(f"It learns at {HEAD_LR} (--layer_lr head:RATE or --train.lr sets another).")
+        told = [f"As a classifier: a new head for {len(found)} classes.", *_give_head_its_rate(options, HEAD_LR)]
         return as_classifier(checkpoint, found, options.seed), told
     if set(found) != set(labels):
         told = [
@@ -55,7 +53,18 @@ def for_task(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoi
             f"{checkpoint.path} knows {len(labels)} classes and {data.path} has {len(found)}: {'; '.join(told)}. "
             "Begin again from the language model, or mend the labels."
         )
-    return checkpoint, [f"Goes on as a classifier of its {len(labels)} classes."]
+    told = [f"Goes on as a classifier of its {len(labels)} classes.", *_give_head_its_rate(options, HEAD_LR / 2)]
+    return checkpoint, told
+
+
+def _give_head_its_rate(options: SimpleNamespace, rate: float) -> list[str]:
+    """Unless a rate is given for it, or one for all."""
+    named = rate_groups(options.rates.layer_lr) if options.rates.layer_lr is not None else []
+    if options.checkpoint_dir is None or options.train.lr is not None or any("head" in words for words, _ in named):
+        return []
+    layer_lr = ", ".join([*([options.rates.layer_lr] if named else []), f"head:{rate:g}"])
+    options.rates = replace(options.rates, layer_lr=layer_lr)
+    return [f"The head learns at {rate:g} (--layer_lr head:RATE or --train.lr sets another)."]
 
 
 def _refuse(given: object, defaults: object, names: tuple[str, ...], group: str, task: str) -> None:

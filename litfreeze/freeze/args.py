@@ -80,7 +80,7 @@ class RateArgs:
         layer_lr: Learning rates of their own for some of what trains: '0-7:1e-6, 8-13:1e-5, head:5e-5'. The rest learns
             at train.lr, and the schedule goes for all.
         lr_decay_by_depth: Each block learns so many times as fast as the one above it, as 0.9; the highest that trains
-            at train.lr.
+            at train.lr. What layer_lr names keeps that rate.
     """
 
     flat: ClassVar[bool] = True
@@ -89,8 +89,6 @@ class RateArgs:
     lr_decay_by_depth: Optional[float] = None
 
     def __post_init__(self) -> None:
-        if self.layer_lr is not None and self.lr_decay_by_depth is not None:
-            raise UsageError("--layer_lr and --lr_decay_by_depth both say how fast blocks learn. Keep one of them.")
         decay = self.lr_decay_by_depth
         if decay is not None and not 0 < decay <= 1:
             raise UsageError(f"--lr_decay_by_depth {decay} must be above 0 and at most 1, such as 0.9.")

@@ -1,5 +1,6 @@
 """How fast each layer learns: `--layer_lr` and `--lr_decay_by_depth`, as factors on the learning rate in the plan."""
 
+import re
 from dataclasses import replace
 
 from litfreeze.errors import UsageError
@@ -12,12 +13,13 @@ GRAMMAR = "'0-7:1e-6, 8-13:1e-5, head:5e-5'"
 
 
 def with_rates(plan: FreezePlan, rates: RateArgs, lr: float) -> FreezePlan:
-    """`plan` with the rates that `rates` asks for, where `lr` is the highest one unless said.
+    """`plan` with the rates that `rates` asks for, where `lr` is the highest one unless said. What has a rate of its
+    own does not decay.
 
     Raises UsageError for words that are not understood, for what has two rates, and for what has one and does not
     train."""
     if rates.lr_decay_by_depth is not None:
-        return _decayed(plan, rates.lr_decay_by_depth)
+        plan = _decayed(plan, rates.lr_decay_by_depth)
     if rates.layer_lr is None:
         return plan
     wanted = parse_rates(rates.layer_lr, plan)
@@ -31,11 +33,16 @@ def with_rates(plan: FreezePlan, rates: RateArgs, lr: float) -> FreezePlan:
 def parse_rates(text: str, plan: FreezePlan) -> dict[Part, float]:
     """'0-7:1e-6, last:2:1e-5, head:5e-5' as the rate of each block and extra. Raises UsageError as `with_rates`."""
     found: dict[Part, float] = {}
-    for words, rate in _groups(text):
+    for words, rate in rate_groups(text):
         extras = [word for word in words if word in EXTRAS]
         blocks = [word for word in words if word not in EXTRAS]
         config = plan.config
         parts: list[Part] = [*extras]
+        if bare := [word for word in blocks if re.fullmatch("-[0-9]+", word)]:
+            raise UsageError(
+                f"--layer_lr {text!r}: {bare[0]} is one block, counted from the top. Write its id, or "
+                f"{bare[0]}::{rate:g} for it and all above it."
+            )
         if blocks:
             parts += parse_layers(blocks, config.n_layer, "layer_lr", config.new_blocks)
         if not parts:
@@ -53,7 +60,7 @@ def parse_rates(text: str, plan: FreezePlan) -> dict[Part, float]:
     return found
 
 
-def _groups(text: str) -> list[tuple[list[str], float]]:
+def rate_groups(text: str) -> list[tuple[list[str], float]]:
     """The words of each group and its rate, which is what stands behind a colon and lies between 0 and 1: `last:2` is a
     word, `last:2:1e-5` a word and a rate."""
     found, words = [], []

@@ -7,6 +7,7 @@ from typing import Literal, Optional
 
 from litfreeze.data.args import TextArgs
 
+TOP = 5  # classes shown of one text
 MOST = 12  # classes shown with how many texts they got
 
 
@@ -16,7 +17,7 @@ def setup(
     data: TextArgs = TextArgs(),
     out_csv: Optional[Path] = None,
     base_dir: Optional[Path] = None,
-    top: int = 5,
+    top: int = TOP,
     precision: Optional[Literal["32-true", "bf16-true"]] = None,
     accelerator: str = "auto",
 ) -> list[str]:
@@ -45,6 +46,10 @@ def setup(
         raise UsageError("Say what to classify: either --text '…', or --data and a file of texts.")
     if out_csv is not None and data.path is None:
         raise UsageError("--out_csv is for the answers to --data.")
+    if out_csv is not None and (Path(out_csv).is_dir() or not Path(out_csv).parent.is_dir()):
+        raise UsageError(f"--out_csv {out_csv} must name a file, in a folder that is there.")
+    if top != TOP and data.path is not None:
+        raise UsageError("--top is for --text; --out_csv has the likeliest class of each and its probability.")
     if top < 1:
         raise UsageError(f"--top {top} must be at least 1.")
     checkpoint = open_checkpoint(checkpoint_dir, base_dir)
@@ -64,12 +69,17 @@ def setup(
         texts, known = [one.text for one in labelled], [one.label for one in labelled]
         told = counts.describe()
         strange = sorted({label for label in known if label is not None} - set(labels))
-        if strange:
+        if strange and data.label_key is not None:
             first = next(one.source for one in labelled if one.label == strange[0])
             raise UsageError(
                 f"{data.path}: {strange[0]!r}, first at {first}, is no class of {checkpoint.path}. Its classes are "
                 f"{', '.join(labels[:12])}{', …' if len(labels) > 12 else ''}."
             )
+        if strange:  # no label was asked for: what stands there may be something else
+            told += (
+                f"\nNote      {strange[0][:40]!r} is no class of this model, so nothing is counted as right or wrong."
+            )
+            known = [None] * len(known)
     tokens = tokenise(texts, checkpoint.tokenizer(), length, checkpoint.hf_config.get("pad_token_id"))
     for text_given, (ids, _) in zip(texts, tokens, strict=True):
         if not ids:

@@ -1,5 +1,6 @@
 """The pictures of a run: its losses, and what each block did over time."""
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ def draw_losses(path: Path, rows: list[dict[str, Any]], per: str = "target token
     axes.set(xlabel="optimizer step", ylabel=f"loss per {per}")
     axes.legend()
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def draw_blocks(path: Path, seen: Sequence[Seen], n_layer: int) -> None:
@@ -59,7 +60,7 @@ def draw_blocks(path: Path, seen: Sequence[Seen], n_layer: int) -> None:
     labelled = range(0, len(parts), max(1, len(parts) // 24))
     axes.set_yticks([i + 0.5 for i in labelled], [str(parts[i]) for i in labelled])
     figure.supylabel("block", fontsize=10)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def draw_confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
@@ -85,10 +86,14 @@ def draw_confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence
     for i, j in zip(*counts.nonzero(), strict=True) if few else ():
         colour = "white" if shares[i, j] > 0.6 else "black"
         axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", fontsize=7, color=colour)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=120, format="png")
+def save_picture(figure: Any, path: Path) -> None:
+    """A PNG that appears whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as out:
+        figure.savefig(out, dpi=120, format="png")
+        out.flush()
+        os.fsync(out.fileno())
     aside.replace(path)

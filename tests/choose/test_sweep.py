@@ -62,6 +62,8 @@ def test_candidates_stand_one_after_another():
         (["--candidates", "rank:spectrun:2"], "spectrum"),
         (["--candidates", "last"], "takes a count"),
         (["--candidates"], "needs a value"),
+        (["--candidates", "-2:", "lora:none"], "trains no block"),
+        (["--candidates", "-2:", "--eval.initial_validation", "false"], "before training"),
         (["--candidates", "-2:", "--data.val_split_fraction", "0"], "compares validation losses"),
     ],
 )
@@ -83,7 +85,15 @@ def test_a_sweep_runs_each_once_and_goes_on_where_it_was(tmp_path, capsys):
     assert [one["results"]["step"] for one in found] == [2, 2]
     assert found[0]["results"]["layers"] == "11" and len(found[1]["results"]["layers"].split(",")) == 2
     assert (tmp_path / "sweep/sweep.png").read_bytes().startswith(b"\x89PNG")
-    first = tmp_path / "sweep" / found[0]["run"] / "results.json"
-    made = first.stat().st_mtime_ns
-    assert main([*words, "--candidates", "-1", "12%-20%"]) == 0  # the second one is another now
-    assert first.stat().st_mtime_ns == made
+    first = tmp_path / "sweep" / found[0]["run"]
+    made = (first / "results.json").stat().st_mtime_ns
+    again = tmp_path / "sweep" / found[1]["run"]
+    (again / "results.json").unlink()  # as if it had been interrupted after it had saved something
+    assert main([*words, "--candidates", "-1", "lora:rank:random:2"]) == 0
+    assert (first / "results.json").stat().st_mtime_ns == made and (again / "results.json").exists()
+    # With other options, or other records under the same name, nothing old is taken
+    assert main([*words, "--candidates", "-1", "--train.lr", "1e-2"]) == 0
+    few.write_text("\n".join(TRAIN_FILE.read_text(encoding="utf-8").splitlines()[24:48]), encoding="utf-8")
+    assert main([*words, "--candidates", "-1"]) == 0
+    losses = {json.loads(file.read_text())["best_loss"] for file in (tmp_path / "sweep").glob("1-*/results.json")}
+    assert len(losses) == 3 and not list((tmp_path / "sweep").glob("*.cache"))

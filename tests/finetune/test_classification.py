@@ -289,7 +289,16 @@ def test_mistakes_are_told_before_anything_is_written(shared_run, monkeypatch, c
         ("classify --checkpoint_dir run/final", "either --text '…', or --data"),
         ("classify --checkpoint_dir run/final --text hi --data two.jsonl", "either --text '…', or --data"),
         ("classify --checkpoint_dir run/final --text hi --out_csv x.csv", "--out_csv is for the answers to --data"),
-        ("classify --checkpoint_dir run/final --data two.jsonl", "'a', first at two.jsonl:1, is no class of run/final"),
+        (
+            "classify --checkpoint_dir run/final --data two.jsonl --data.label_key label",
+            "'a', first at two.jsonl:1, is no class of run/final",
+        ),
+        (
+            "classify --checkpoint_dir run/final --data two.jsonl --out_csv no/where.csv",
+            "must name a file, in a folder",
+        ),
+        ("classify --checkpoint_dir run/final --data two.jsonl --top 2", "--top is for --text"),
+        ("classify --checkpoint_dir run/final --data two.jsonl --data.max_seq_length 1", "at least 2 tokens"),
         ("classify --checkpoint_dir run/final --data two.jsonl --data.max_seq_length 513", "has 512 positions"),
     ],
 )
@@ -341,3 +350,17 @@ def test_other_precisions(tmp_path, records, capsys, precision):
     run(tmp_path / "run", data=DataArgs(path=records), trainable_layers="11", precision=precision)
     assert "After     validation loss" in capsys.readouterr().out
     assert classify(tmp_path / "run/final", text="play jazz", precision="bf16-true")
+
+
+def test_files_without_classes_are_classified_all_the_same(shared_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(shared_run)
+    (tmp_path / "blank.csv").write_text("text,label\nplay jazz,\nbook a table,\n", encoding="utf-8")
+    (tmp_path / "null.jsonl").write_text('{"text": "play jazz", "label": null}\n', encoding="utf-8")
+    (tmp_path / "other.csv").write_text("text,answer\nplay jazz,He said yes\n", encoding="utf-8")
+    for name, count in (("blank.csv", 2), ("null.jsonl", 1), ("other.csv", 1)):
+        out = tmp_path / f"{name}.out.csv"
+        words = ["classify", "--checkpoint_dir", "run/final", "--data", str(tmp_path / name), "--out_csv", str(out)]
+        assert main(words) == 0
+        told = capsys.readouterr().out
+        assert "Right" not in told and ("is no class of this model" in told) == (name == "other.csv")
+        assert len(out.read_text(encoding="utf-8").splitlines()) == 1 + count

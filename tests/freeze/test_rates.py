@@ -133,12 +133,16 @@ def test_a_tied_head_has_the_embeddings_rate():
         with_rates(plan, RateArgs(layer_lr="head:1e-5"), LR)
 
 
-@pytest.mark.parametrize(
-    "words", [["--layer_lr", "10:1e-5", "--lr_decay_by_depth", "0.9"], ["--lr_decay_by_depth", "1.5"]]
-)
-def test_the_command_line_refuses_what_contradicts(words, capsys):
+def test_a_named_rate_wins_over_the_decay():
+    plan = plan_from_words(UNTIED, "9-11", trainable_extra="head")
+    plan = with_rates(plan, RateArgs(layer_lr="head:5e-3,10:1e-6", lr_decay_by_depth=0.5), LR)
+    assert rates(plan) == {11: {LR}, 10: {1e-6}, 9: {LR / 4}, "head": {5e-3}}
+
+
+@pytest.mark.parametrize("words", [["--lr_decay_by_depth", "1.5"], ["--layer_lr", "-2:1e-5"]])
+def test_the_command_line_refuses_what_means_nothing(words, capsys):
     assert main(["finetune", "full", "--trainable_layers", "10,11", *words]) == 2
-    assert "lr_decay_by_depth" in capsys.readouterr().err
+    assert words[0].strip("-") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", [finetune_full, finetune_lora])
