@@ -16,8 +16,8 @@ from litfreeze.checkpoint.tensors import write_text
 from litfreeze.config import read_json
 from litfreeze.errors import RunError, UsageError
 from litfreeze.outputs import RESULTS
+from litfreeze.picture import save_picture
 from litfreeze.sizes import megabytes
-from litfreeze.train.pictures import save_picture
 
 ALIKE = 0.02  # of what the best candidate gained: nearer than this is as good
 

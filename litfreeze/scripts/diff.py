@@ -1,12 +1,12 @@
 """`litfreeze diff`: what lies between two checkpoints, and the proof that nothing else does."""
 
 import math
-import os
 from pathlib import Path
 from textwrap import fill
 from typing import Optional
 
 from litfreeze.freeze.layers import Layers
+from litfreeze.picture import save_picture
 
 
 def setup(
@@ -103,12 +103,4 @@ def draw(path: Path, comparison) -> None:
         figure.colorbar(scale, ax=axes, label="‖ΔW‖ / ‖W‖")
     figure.legend(handles=list(legend.values()), loc="outside lower right", ncols=3, frameon=False)
 
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as out:
-            figure.savefig(out, dpi=150, format="png")
-            out.flush()
-            os.fsync(out.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    save_picture(figure, path)

@@ -1,11 +1,11 @@
 """`litfreeze rank`: which blocks to train, by their weights or by what they do on your data."""
 
-import os
 from pathlib import Path
 from typing import Optional
 
 from litfreeze.choose.words import NEED_DATA, RECORDS, Method
 from litfreeze.data.args import DataArgs
+from litfreeze.picture import save_picture
 
 MICRO_BATCH = 4  # as in finetune
 
@@ -99,12 +99,4 @@ def draw(path: Path, ranking, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{ranking.how()}: {title}", loc="left", fontsize=9, wrap=True)
 
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as out:
-            figure.savefig(out, dpi=150, format="png")
-            out.flush()
-            os.fsync(out.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    save_picture(figure, path)

@@ -1,11 +1,11 @@
 """The pictures of a run: its losses, and what each block did over time."""
 
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from litfreeze.picture import save_picture
 from litfreeze.train.watch import Seen
 
 NUMBERED = 40  # classes of a confusion matrix that leave room for numbers
@@ -87,13 +87,3 @@ def draw_confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence
         colour = "white" if shares[i, j] > 0.6 else "black"
         axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", fontsize=7, color=colour)
     save_picture(figure, path)
-
-
-def save_picture(figure: Any, path: Path) -> None:
-    """A PNG that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as out:
-        figure.savefig(out, dpi=120, format="png")
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(path)
