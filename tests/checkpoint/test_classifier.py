@@ -51,18 +51,23 @@ def write_tokenizer(tokenizer_dir: Path, path: Path) -> None:
         shutil.copyfile(file, path / file.name)
 
 
+def both(fields, seed: int, tokenizer_dir: Path, out: Path):
+    """A random model of `fields` as our classifier, and as transformers reads what we write of it."""
+    with saved_model({**fields, "pad_token_id": PAD}, seed) as (path, _):
+        write_tokenizer(tokenizer_dir, path)
+        classifier = as_classifier(open_checkpoint(path), LABELS, seed)
+        write_hf(out, classifier)
+        ours = load_model(classifier, lambda _: torch.float32)
+    return ours, AutoModelForSequenceClassification.from_pretrained(out).eval()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_written_and_read_it_is_transformers_own(tmp_path_factory, tokenizer_dir, family):
     @settings(max_examples=5)
     @given(FAMILIES[family], st.integers(0, 2**16))
     def check(fields, seed):
         out = tmp_path_factory.mktemp("hf")
-        with saved_model({**fields, "pad_token_id": PAD}, seed) as (path, _):
-            write_tokenizer(tokenizer_dir, path)
-            classifier = as_classifier(open_checkpoint(path), LABELS, seed)
-            write_hf(out / "ours", classifier)
-            ours = load_model(classifier, lambda _: torch.float32)
-        theirs = AutoModelForSequenceClassification.from_pretrained(out / "ours").eval()
+        ours, theirs = both(fields, seed, tokenizer_dir, out / "ours")
         assert theirs.config.id2label == dict(enumerate(LABELS))
         texts = texts_of(fields["vocab_size"], seed)
         with torch.no_grad():
@@ -93,12 +98,8 @@ def test_a_step_of_training_is_transformers_own(tmp_path_factory, tokenizer_dir,
     @given(FAMILIES[family], st.integers(0, 2**16))
     def check(fields, seed):
         out = tmp_path_factory.mktemp("hf")
-        with saved_model({**fields, "pad_token_id": PAD}, seed) as (path, _):
-            write_tokenizer(tokenizer_dir, path)
-            classifier = as_classifier(open_checkpoint(path), LABELS, seed)
-            write_hf(out / "ours", classifier)
-            ours = load_model(classifier, lambda _: torch.float32).requires_grad_()
-        theirs = AutoModelForSequenceClassification.from_pretrained(out / "ours").eval()
+        ours, theirs = both(fields, seed, tokenizer_dir, out / "ours")
+        ours.requires_grad_()
         texts, classes = texts_of(fields["vocab_size"], seed), [2, 0, 1, 2]
         found = theirs(**padded(texts), labels=torch.tensor(classes))
         found.loss.backward()
