@@ -1,13 +1,16 @@
 """Ways to choose layers, side by side on one model and one labelled set: python benchmarks/strategies.py --smollm2 DIR
 
-Each is one run of the command line with the same records, order, steps and rate; blocks are written for a model of 30.
-Prints a Markdown table of what every run came to. What is done in --folder is not done again."""
+Each is one run of the command line for every seed, with the same records, steps and rate; a seed orders the records
+and draws LISA's blocks. Blocks are written for a model of 30. Prints a Markdown table: the median of the seeds with
+the lowest and highest, and the seconds of the whole command in the quietest. What is in --folder is not run again."""
 
 import argparse
 import json
 import random
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -26,8 +29,9 @@ RUNS = {
     "rank:angular:4": ["--trainable_layers", "rank:angular:4"],
     "rank:random:4": ["--trainable_layers", "rank:random:4"],
     "LoRA on all blocks": ["lora", "--train.lr", "1e-3"],
-    "classifier, head alone": ["--task", "classification", "--trainable_layers", "none", "--train.lr", "1e-3"],
-    "classifier, head and last two blocks": ["--task", "classification", *LAST],
+    "classifier, head alone": ["--task", "classification", "--trainable_layers", "none", "--train.lr", "5e-3"],
+    "classifier, head and last two blocks": ["--task", "classification", *LAST, "--train.lr", "1e-3"],
+    "classifier, head and LoRA": ["lora", "--task", "classification", "--layer_lr", "head:5e-3", "--train.lr", "2e-4"],
 }
 
 
@@ -55,42 +59,69 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=480)
     parser.add_argument("--val", type=int, default=140)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--lr", default="1e-4")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", default="3e-4")
+    parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    write_records(args.shared / "data/snips/train.jsonl", args.folder, args.train, args.val, args.seed)
+    write_records(args.shared / "data/snips/train.jsonl", args.folder, args.train, args.val, seed=0)
     deeper = args.folder / "deeper"
     if not deeper.exists():
         litfreeze("expand", "--checkpoint_dir", args.smollm2, "--out_dir", deeper, "--new_blocks", 5)
-    chosen = {
-        name: words for name, words in RUNS.items() if not args.only or any(name.startswith(o) for o in args.only)
-    }
-    print("| | blocks | parameters | val loss | right | seconds | peak memory |")
-    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for number, (name, words) in enumerate(RUNS.items()):
-        if name not in chosen:
-            continue
-        method, words = ("lora", words[1:]) if words[0] == "lora" else ("full", words)
-        run = args.folder / f"run-{number}"
-        if not (run / "results.json").exists():
-            base = deeper if "new" in words else args.smollm2
-            own_rate = [] if "--train.lr" in words else ["--train.lr", args.lr]
-            litfreeze(
-                "finetune", method, "--checkpoint_dir", base, "--out_dir", run, "--precision", "32-true",
-                "--data", args.folder / "train.jsonl", "--data.val_path", args.folder / "val.jsonl",
-                "--train.epochs", args.epochs, "--train.micro_batch_size", 8, "--eval.interval", 15,
-                "--eval.save_best", "false", "--cache_dir", run.with_name(f"cache-{number}"), "--seed", args.seed,
-                *(["--save", "delta"] if method == "full" else []), *own_rate, *words,
-            )  # fmt: skip
-        told = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        after = told["after"]
-        right = after["exact_match"] if after.get("exact_match") is not None else after["accuracy"]
-        print(
-            f"| {name} | {told['layers']} | {told['trained_parameters'] / 1e6:.2f} M | {after['loss']:.3f} "
-            f"| {100 * right:.1f} % | {told['seconds']:.0f} | {told['peak_memory'] / 1e6:,.0f} MB |",
-            flush=True,
-        )
+    chosen = [name for name in RUNS if not args.only or any(name.startswith(only) for only in args.only)]
+    for seed in range(args.seeds):
+        for name in chosen:
+            if not (out_dir(args.folder, name, seed) / "took.json").exists():
+                began = time.perf_counter()
+                run(args, name, seed)
+                took = time.perf_counter() - began
+                (out_dir(args.folder, name, seed) / "took.json").write_text(json.dumps(took), encoding="utf-8")
+                print(f"{name}, seed {seed}: {took:.0f} s", file=sys.stderr, flush=True)
+    print("| | blocks | parameters | val loss | right, % | seconds | peak memory |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in chosen:
+        print(row(name, [out_dir(args.folder, name, seed) for seed in range(args.seeds)]))
+
+
+def out_dir(folder: Path, name: str, seed: int) -> Path:
+    return folder / f"run-{list(RUNS).index(name)}-{seed}"
+
+
+def run(args: argparse.Namespace, name: str, seed: int) -> None:
+    words = RUNS[name]
+    method, words = ("lora", words[1:]) if words[0] == "lora" else ("full", words)
+    out = out_dir(args.folder, name, seed)
+    own_rate = [] if "--train.lr" in words else ["--train.lr", args.lr]
+    litfreeze(
+        "finetune", method, "--checkpoint_dir", args.folder / "deeper" if "new" in words else args.smollm2,
+        "--out_dir", out, "--precision", "32-true",
+        "--data", args.folder / "train.jsonl", "--data.val_path", args.folder / "val.jsonl",
+        "--train.epochs", args.epochs, "--train.micro_batch_size", 8, "--eval.interval", 15,
+        "--eval.save_best", "false", "--cache_dir", out.with_name(f"cache-{out.name}"), "--seed", seed,
+        *(["--save", "delta"] if method == "full" else []), *own_rate, *words,
+    )  # fmt: skip
+
+
+def row(name: str, outs: list[Path]) -> str:
+    told = [json.loads((out / "results.json").read_text(encoding="utf-8")) for out in outs]
+    after = [each["after"] for each in told]
+    right = [100 * (each["accuracy"] if each.get("exact_match") is None else each["exact_match"]) for each in after]
+    seconds = min(json.loads((out / "took.json").read_text(encoding="utf-8")) for out in outs)
+    cells = [
+        name,
+        told[0]["layers"],
+        f"{told[0]['trained_parameters'] / 1e6:.2f} M",
+        spread([each["loss"] for each in after], ".3f"),
+        spread(right, ".1f"),
+        f"{seconds:.0f}",
+        f"{statistics.median(each['peak_memory'] for each in told) / 1e6:,.0f} MB",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(values: list[float], digits: str) -> str:
+    """'0.127 (0.110-0.131)': the median, with the lowest and the highest where there are several."""
+    middle = f"{statistics.median(values):{digits}}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):{digits}}-{max(values):{digits}})"
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def setup(
             f"{checkpoint.path} is an adapter. Fold it into its base first (litfreeze merge_lora "
             f"{shlex.quote(str(checkpoint.path))}), or go on with litfreeze finetune lora."
         )
-    checkpoint, notes = for_task(checkpoint, o)
-    notes += ranked_layers(o, checkpoint)
+    o, checkpoint, of_task = for_task(o, checkpoint)
+    o, ranked = ranked_layers(o, checkpoint)
     plan = plan_from_words(
         checkpoint.config,
         trainable_layers=o.trainable_layers,
@@ -111,4 +111,5 @@ def setup(
         raise UsageError(f"--save {o.save}: everything trains, so that a delta would be the whole. Name some layers.")
     save_dtype = getattr(torch, o.save_dtype) if o.save_dtype else None
     lr = HEAD_LR if checkpoint.config.labels and plan.trained == {HEAD} else 5e-5
-    return start("full", setup, o, checkpoint, plan, lr=lr, save=o.save, save_dtype=save_dtype, notes=tuple(notes))
+    notes = (*of_task, *ranked)
+    return start("full", setup, o, checkpoint, plan, lr=lr, save=o.save, save_dtype=save_dtype, notes=notes)

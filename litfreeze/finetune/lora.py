@@ -92,8 +92,8 @@ def setup(
 
     o = settled(setup, "lora", given)
     opened = open_base(o.checkpoint_dir, o.untie_embeddings, o.base_dir, o.force_base)
-    opened, of_task = for_task(opened, o)
-    ranked = ranked_layers(o, opened)
+    o, opened, of_task = for_task(o, opened)
+    o, ranked = ranked_layers(o, opened)
     checkpoint, plan, notes = begin(opened, o)
     lr, about_lr = default_lr(opened, o)
     return start("lora", setup, o, checkpoint, plan, lr, save="delta", notes=(*of_task, *notes, *ranked, *about_lr))

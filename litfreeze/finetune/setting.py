@@ -21,7 +21,7 @@ from litfreeze.demo import MODEL_DIR, TRAIN_DEFAULTS, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import UsageError
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.rates import with_rates
-from litfreeze.freeze.words import thawing_from_words
+from litfreeze.freeze.words import one_of, thawing_from_words
 from litfreeze.launch import build_fabric, launch
 from litfreeze.outputs import last_resumable
 from litfreeze.train.args import TrainArgs
@@ -77,13 +77,21 @@ def open_base(
     return checkpoint.untied() if untie_embeddings else checkpoint
 
 
-def ranked_layers(options: SimpleNamespace, checkpoint: Checkpoint) -> list[str]:
-    """Puts block ids in the place of `rank:spectrum:4` in `options.trainable_layers`, so that the run and its recipe
-    know ids alone. What the person is told about it; nothing where there is no ranking.
+def but(options: SimpleNamespace, **changed: Any) -> SimpleNamespace:
+    """`options` with some of them `changed`."""
+    return SimpleNamespace(**{**vars(options), **changed})
 
-    A method that needs data looks at the records the run learns from first."""
+
+def ranked_layers(options: SimpleNamespace, checkpoint: Checkpoint) -> tuple[SimpleNamespace, list[str]]:
+    """The options with block ids in the place of `rank:spectrum:4` in `trainable_layers`, so that the run and its
+    recipe know ids alone, and what the person is told about it; nothing where there is no ranking.
+
+    A method that needs data looks at the records the run learns from first. Raises UsageError for words that mean
+    nothing, and where another option says which blocks train."""
     if not has_ranks(options.trainable_layers):
-        return []
+        return options, []
+    others = {name: getattr(options, name, None) for name in ("freeze_trainable_layers", "freeze_trainable_layers_ids")}
+    one_of(trainable_layers=options.trainable_layers, unfreeze=options.thaw.unfreeze, **others)
     device = build_fabric(options.accelerator, options.devices, options.num_nodes, options.precision)[0].device
     data, size, seed = with_demo_data(options.data), options.train.micro_batch_size, options.seed
 
@@ -92,8 +100,8 @@ def ranked_layers(options: SimpleNamespace, checkpoint: Checkpoint) -> list[str]
         return rank(checkpoint, method, seed, device, batches)
 
     config = checkpoint.config
-    options.trainable_layers, told = put_ids(options.trainable_layers, config.n_layer, config.new_blocks, ranked)
-    return told
+    layers, told = put_ids(options.trainable_layers, config.n_layer, config.new_blocks, ranked)
+    return but(options, trainable_layers=layers), told
 
 
 def start(

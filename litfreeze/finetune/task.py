@@ -8,7 +8,7 @@ from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.data.args import DataArgs
 from litfreeze.data.classes import labels_of
 from litfreeze.errors import UsageError
-from litfreeze.finetune.setting import with_demo_data
+from litfreeze.finetune.setting import but, with_demo_data
 from litfreeze.freeze.rates import rate_groups
 from litfreeze.train.args import EvalArgs
 
@@ -17,14 +17,35 @@ LANGUAGE = ("format", "prompt_style", "prompt_args", "mask_prompt")  # options o
 KEYS = ("text_key", "label_key")
 
 
-def for_task(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, list[str]]:
-    """`checkpoint` as `options.task` needs it, and what the person is told about it. The classes are those of the
-    training data. The head gets a learning rate of its own in `options.rates` if none is given.
+def for_task(options: SimpleNamespace, checkpoint: Checkpoint) -> tuple[SimpleNamespace, Checkpoint, list[str]]:
+    """The options of a run and its `checkpoint` as `options.task` needs them, and what the person is told about it: a
+    classifier's head has a learning rate of its own in `rates` unless one is given.
 
-    Raises UsageError for options that belong to the other task, a classifier that is to learn language, and one whose
-    classes are not those of the data."""
-    data, labels = with_demo_data(options.data), checkpoint.config.labels
-    if options.task == "language":
+    Raises UsageError for options that belong to the other task, and for what `fitted` refuses."""
+    if options.task == "classification":
+        _refuse(options.eval, EvalArgs(), ("max_new_tokens",), "eval", "language")
+        if options.untie_embeddings:
+            raise UsageError("--untie_embeddings: a classifier's head is its own anyway. Leave it out.")
+    as_it_was = bool(checkpoint.config.labels)
+    checkpoint, told = fitted(checkpoint, options.task, with_demo_data(options.data), options.seed)
+    named = rate_groups(options.rates.layer_lr) if options.rates.layer_lr is not None else []
+    has_rate = options.train.lr is not None or any("head" in words for words, _ in named)
+    if options.task == "language" or options.checkpoint_dir is None or has_rate:
+        return options, checkpoint, told
+    rate = HEAD_LR / 2 if as_it_was else HEAD_LR
+    layer_lr = ", ".join([*([options.rates.layer_lr] if named else []), f"head:{rate:g}"])
+    told.append(f"The head learns at {rate:g} (--layer_lr head:RATE or --train.lr sets another).")
+    return but(options, rates=replace(options.rates, layer_lr=layer_lr)), checkpoint, told
+
+
+def fitted(checkpoint: Checkpoint, task: str, data: DataArgs, seed: int) -> tuple[Checkpoint, list[str]]:
+    """`checkpoint` for `task`: as it is, or as a classifier of the training data's classes with a head drawn by `seed`.
+    And what the person is told about it.
+
+    Raises UsageError for options of `data` that belong to the other task, a classifier that is to learn language, and
+    one whose classes are not those of the data."""
+    labels = checkpoint.config.labels
+    if task == "language":
         _refuse(data, DataArgs(), KEYS, "data", "classification")
         if labels:
             raise UsageError(
@@ -33,13 +54,9 @@ def for_task(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoi
             )
         return checkpoint, []
     _refuse(data, DataArgs(), LANGUAGE, "data", "language")
-    _refuse(options.eval, EvalArgs(), ("max_new_tokens",), "eval", "language")
-    if options.untie_embeddings:
-        raise UsageError("--untie_embeddings: a classifier's head is its own anyway. Leave it out.")
     found = labels_of(data)
     if not labels:
-        told = [f"As a classifier: a new head for {len(found)} classes.", *_give_head_its_rate(options, HEAD_LR)]
-        return as_classifier(checkpoint, found, options.seed), told
+        return as_classifier(checkpoint, found, seed), [f"As a classifier: a new head for {len(found)} classes."]
     if set(found) != set(labels):
         told = [
             f"{', '.join(map(repr, some[:3]))}{f' and {len(some) - 3} more' if len(some) > 3 else ''} {where}"
@@ -53,18 +70,7 @@ def for_task(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoi
             f"{checkpoint.path} knows {len(labels)} classes and {data.path} has {len(found)}: {'; '.join(told)}. "
             "Begin again from the language model, or mend the labels."
         )
-    told = [f"Goes on as a classifier of its {len(labels)} classes.", *_give_head_its_rate(options, HEAD_LR / 2)]
-    return checkpoint, told
-
-
-def _give_head_its_rate(options: SimpleNamespace, rate: float) -> list[str]:
-    """Unless a rate is given for it, or one for all."""
-    named = rate_groups(options.rates.layer_lr) if options.rates.layer_lr is not None else []
-    if options.checkpoint_dir is None or options.train.lr is not None or any("head" in words for words, _ in named):
-        return []
-    layer_lr = ", ".join([*([options.rates.layer_lr] if named else []), f"head:{rate:g}"])
-    options.rates = replace(options.rates, layer_lr=layer_lr)
-    return [f"The head learns at {rate:g} (--layer_lr head:RATE or --train.lr sets another)."]
+    return checkpoint, [f"Goes on as a classifier of its {len(labels)} classes."]
 
 
 def _refuse(given: object, defaults: object, names: tuple[str, ...], group: str, task: str) -> None:

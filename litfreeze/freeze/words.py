@@ -1,6 +1,6 @@
 """From the command line's words to what trains: ours (`--trainable_…`, `--lora_…`), LLaMA-Factory's (`--freeze_…`)."""
 
-from typing import Optional
+from typing import Any, Optional
 
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
@@ -44,7 +44,7 @@ def plan_from_words(
     head of a classifier always does.
 
     Raises UsageError for words that contradict each other, and for all that `FreezePlan.choose` refuses."""
-    layers = _one_of(
+    layers = one_of(
         trainable_layers=trainable_layers,
         freeze_trainable_layers=_llama_factorys_count(config, freeze_trainable_layers, use_llama_pro),
         freeze_trainable_layers_ids=freeze_trainable_layers_ids,
@@ -52,8 +52,8 @@ def plan_from_words(
     )
     if layers is None and thaw.lisa_layers is not None:
         layers = "all"
-    modules = _split(_one_of(trainable_modules=trainable_modules, freeze_trainable_modules=freeze_trainable_modules))
-    extra = _split(_one_of(trainable_extra=trainable_extra, freeze_extra_modules=freeze_extra_modules))
+    modules = _split(one_of(trainable_modules=trainable_modules, freeze_trainable_modules=freeze_trainable_modules))
+    extra = _split(one_of(trainable_extra=trainable_extra, freeze_extra_modules=freeze_extra_modules))
     if layers is None and modules is None and extra is None:
         return FreezePlan.everything(config)
     if layers is None and modules is None:
@@ -87,7 +87,7 @@ def adapter_targets(config: Config, layers: Spec, targets: Names) -> list[str]:
     """The linear layers that `targets` name inside the blocks `layers`: all of them, or modules as for
     `--trainable_modules`; `head` stands outside the blocks. In the model's order.
 
-    Raises UsageError for a word that matches nothing, and if nothing is left."""
+    Raises UsageError for a word that matches nothing, for a classifier's head, and if nothing is left."""
     chosen = set(parse_layers(layers, config.n_layer, new=config.new_blocks))
     words = _split(targets)
     linear = linear_layers(config)
@@ -99,6 +99,13 @@ def adapter_targets(config: Config, layers: Spec, targets: Names) -> list[str]:
         found |= set(narrow(inside, named, everywhere, option="lora_targets"))
     if any(EXTRA_ALIASES.get(word, word) == "head" for word in words):
         found.add("head.weight")
+    if config.labels and "head.weight" in found:
+        raise UsageError("--lora_targets head: a classifier's head always trains in full. Leave it out.")
+    if not found and config.labels:
+        raise UsageError(
+            "No layer is left to adapt: name blocks with --trainable_layers. A classifier's head alone trains with "
+            "litfreeze finetune full --task classification --trainable_layers none."
+        )
     if not found:
         raise UsageError("No layer is left to adapt: name blocks with --trainable_layers, or --lora_targets head.")
     return [module for module in linear if f"{module}.weight" in found]
@@ -131,7 +138,8 @@ def _llama_factorys_count(config: Config, count: Optional[int], use_llama_pro: b
     return f"last:{count}" if count > 0 else f"first:{-count}"
 
 
-def _one_of(**words):
+def one_of(**words: Any) -> Any:
+    """The word that is given of several options that mean the same; None if none is. Raises UsageError if two are."""
     given = {name: value for name, value in words.items() if value is not None}
     if len(given) > 1:
         raise UsageError(f"{' and '.join('--' + name for name in given)} say the same thing; keep one of them.")

@@ -1,7 +1,7 @@
 """`litfreeze classify`: the class of a text, or of every text in a file."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -27,7 +27,7 @@ def setup(
         checkpoint_dir: A classifier: litfreeze's, whole or over its base, or Hugging Face's.
         text: What to classify.
         data: Texts to classify, in place of one.
-        out_csv: Write text, class and probability of every record of the data there.
+        out_csv: Write where it stands, text, class and probability of every record of the data there.
         base_dir: The base of an adapter or of a delta, where it is not where it was.
         top: Show the probabilities of so many classes.
         precision: By default 32-true on a CPU and bf16-true on a GPU that has it.
@@ -63,11 +63,11 @@ def setup(
     if not 1 <= length <= block_size:
         raise UsageError(f"--data.max_seq_length {length}: this model has {block_size} positions.")
     if data.path is None:
-        texts, known, told = [text], [None], ""
+        texts, known, sources, told = [text], [None], [""], ""
     else:
         labelled, counts = read_labelled(data.path, data, needs_label=False)
         texts, known = [one.text for one in labelled], [one.label for one in labelled]
-        told = counts.describe()
+        sources, told = [one.source for one in labelled], counts.describe()
         strange = sorted({label for label in known if label is not None} - set(labels))
         if strange and data.label_key is not None:
             first = next(one.source for one in labelled if one.label == strange[0])
@@ -96,7 +96,7 @@ def setup(
         return answers
     _tell(told, labels, answers, known)
     if out_csv is not None:
-        _write(Path(out_csv), texts, answers, shares.amax(1).tolist())
+        _write(Path(out_csv), zip(sources, texts, answers, shares.amax(1).tolist(), strict=True))
         print(f"Written   {out_csv}")
     return answers
 
@@ -120,15 +120,15 @@ def _tell(told: str, labels: Sequence[str], answers: Sequence[str], known: Seque
         print(f"Right     {figures} of {len(pairs):,} texts whose class is known")
 
 
-def _write(path: Path, texts: Sequence[str], answers: Sequence[str], shares: Sequence[float]) -> None:
-    """A row for each text, in the order of the file."""
+def _write(path: Path, rows: Iterable[tuple[str, str, str, float]]) -> None:
+    """A row for each text, in the order of the file: where it stands in it, the text, its class, the probability."""
     import csv
     import io
 
     from litfreeze.checkpoint.tensors import write_text
 
-    rows = io.StringIO(newline="")
-    table = csv.writer(rows, lineterminator="\n")
-    table.writerow(("text", "label", "probability"))
-    table.writerows((text, label, f"{share:.6f}") for text, label, share in zip(texts, answers, shares, strict=True))
-    write_text(path, rows.getvalue())
+    written = io.StringIO(newline="")
+    table = csv.writer(written, lineterminator="\n")
+    table.writerow(("source", "text", "label", "probability"))
+    table.writerows((*row, f"{share:.6f}") for *row, share in rows)
+    write_text(path, written.getvalue())

@@ -1,7 +1,7 @@
 """`litfreeze rank`: which blocks to train, by their weights or by what they do on your data."""
 
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 from litfreeze.choose.words import NEED_DATA, RECORDS, Method
 from litfreeze.data.args import DataArgs
@@ -14,6 +14,7 @@ def setup(
     checkpoint_dir: Optional[Path] = None,
     base_dir: Optional[Path] = None,
     method: Method = "spectrum",
+    task: Literal["language", "classification"] = "language",
     data: DataArgs = DataArgs(),
     samples: Optional[int] = None,
     micro_batch_size: Optional[int] = None,
@@ -32,6 +33,8 @@ def setup(
         method: spectrum: the signal-to-noise ratio of the weights (Spectrum). gradient: the loss's gradient on your
             data, relative to the weights. angular: how far a block turns the residual stream (ShortGPT). random: by
             chance. spectrum and random need no data.
+        task: What is to be learned from the data: to write, or the class of a text. gradient looks at the loss of that,
+            of a new classifier with the head that a run with this seed begins with.
         data: The records that gradient and angular look at.
         samples: How many of them: 64 unless said. They are those that a run with this seed takes first.
         micro_batch_size: Samples in one forward pass: 4 unless said. gradient is a mean over these.
@@ -49,6 +52,7 @@ def setup(
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
     from litfreeze.finetune.setting import with_demo_data
+    from litfreeze.finetune.task import fitted
     from litfreeze.freeze.layers import format_layers
     from litfreeze.launch import build_fabric
 
@@ -69,6 +73,7 @@ def setup(
     named = not isinstance(data, DataArgs) or data.path is not None
     if method in NEED_DATA and checkpoint.lora is None and (named or checkpoint_dir is None):
         data = with_demo_data(data)
+        checkpoint, _ = fitted(checkpoint, task, data, seed)
         batches = draw_batches(checkpoint, data, samples or RECORDS, micro_batch_size or MICRO_BATCH, seed)
     ranking = rank(checkpoint, method, seed, device, batches)
     if out_json is not None:
@@ -80,6 +85,7 @@ def setup(
     best = format_layers(ranking.best(max(1, checkpoint.config.n_layer // 4)))
     words = [] if checkpoint_dir is None else ["--checkpoint_dir", str(checkpoint_dir)]
     words += [] if base_dir is None else ["--base_dir", str(base_dir)]
+    words += ["--task", "classification"] if task == "classification" or checkpoint.config.labels else []
     words += [] if batches is None or checkpoint_dir is None else ["--data", str(data.path)]
     print(f"Next      litfreeze finetune full {shlex.join([*words, '--trainable_layers', best])}")
     return ranking

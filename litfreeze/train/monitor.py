@@ -1,16 +1,18 @@
 """What a person watches while a run trains: a line or a bar, metrics.csv, TensorBoard."""
 
 import csv
+import io
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Optional, TextIO, Union
+from typing import Any, Optional, Union
 
 from tqdm import tqdm
 
+from litfreeze.checkpoint.tensors import write_text
 from litfreeze.train.outcome import Scores
 from litfreeze.train.watch import Seen
 
@@ -21,6 +23,29 @@ COLUMNS = (
 
 
 BLOCK_COLUMNS = tuple(field.name for field in fields(Seen))
+
+
+class Table:
+    """A CSV file of these columns that begins with `rows`."""
+
+    def __init__(self, path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+        first = io.StringIO(newline="")
+        table = csv.DictWriter(first, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_text(path, first.getvalue())  # at no moment is an earlier part's table gone
+        self.file = path.open("a", newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
+
+    def write(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Rows that reach the disk's cache at once."""
+        self.writer.writerows(rows)
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
 
 
 class Monitor:
@@ -44,11 +69,10 @@ class Monitor:
         self.bar: Optional[tqdm] = None
         self.has_bar = sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 20
         self.warned = over_fitting(self.rows) is not None
-        self.files: list[TextIO] = []
-        self.events = None
+        self.metrics_csv = self.blocks_csv = self.events = None
         if self.active:
-            self.csv = self._table(out_dir / "metrics.csv", COLUMNS, self.rows)
-            self.blocks_csv = self._table(out_dir / "blocks.csv", BLOCK_COLUMNS, map(asdict, self.seen))
+            self.metrics_csv = Table(out_dir / "metrics.csv", COLUMNS, self.rows)
+            self.blocks_csv = Table(out_dir / "blocks.csv", BLOCK_COLUMNS, map(asdict, self.seen))
             self.events = _tensorboard(out_dir, resumed_at)
 
     def stepped(
@@ -91,14 +115,11 @@ class Monitor:
     def watched(self, seen: list[Seen]) -> None:
         """What was seen of the parts of the model in one step."""
         self.seen += seen
-        for one in seen:
-            row = asdict(one)
-            self.blocks_csv.writerow(row)
-            if self.events is not None:
-                where = f"blocks/{one.part}" if isinstance(one.part, int) else one.part
-                for name in BLOCK_COLUMNS[2:]:
-                    self.events.add_scalar(f"{name}/{where}", row[name], one.step)
-        self.files[1].flush()
+        self.blocks_csv.write(map(asdict, seen))
+        for one in seen if self.events is not None else ():
+            where = f"blocks/{one.part}" if isinstance(one.part, int) else one.part
+            for name in BLOCK_COLUMNS[2:]:
+                self.events.add_scalar(f"{name}/{where}", getattr(one, name), one.step)
 
     def say(self, text: str) -> None:
         """A line to the person, above the bar if there is one. On rank 0 only."""
@@ -113,27 +134,14 @@ class Monitor:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        while self.files:
-            file = self.files.pop()
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        if self.events is not None:
-            self.events.close()
-            self.events = None
-
-    def _table(self, path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> csv.DictWriter:
-        """A file of these columns that begins with `rows`."""
-        self.files.append(path.open("w", newline="", encoding="utf-8"))
-        table = csv.DictWriter(self.files[-1], columns)
-        table.writeheader()
-        table.writerows(rows)
-        return table
+        for file in (self.metrics_csv, self.blocks_csv, self.events):
+            if file is not None:
+                file.close()
+        self.metrics_csv = self.blocks_csv = self.events = None
 
     def _record(self, **row: Any) -> None:
         self.rows.append(row)
-        self.csv.writerow(row)
-        self.files[0].flush()
+        self.metrics_csv.write([row])
         if self.events is not None:
             for name, value in row.items():
                 if name != "step" and value is not None:

@@ -50,11 +50,20 @@ class Watch:
     ) -> None:
         self.gpt, self.checkpoint, self.kept = gpt, checkpoint, kept
         self.interval, self.last_step = interval, last
+        # What trains now, and the first step that it does, if some of it is new
+        self.plan: Optional[FreezePlan] = None
+        self.first: Optional[int] = None
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.weights: list[str] = []
+        # Of all that has trained so far
         self.rows: dict[str, Optional[Tensor]] = {}  # of each weight, which ones are looked at
         self.share: dict[str, float] = {}  # how many each of them stands for
         self.beneath: dict[str, Tensor] = {}  # rows of the frozen weight under an adapter
         self.start: dict[str, Tensor] = {}
         self.known_to_move: set[Part] = set()
+        # Of the step that is looked at
+        self.was: dict[str, Tensor] = {}
+        self.squares: dict[Part, float] = {}
 
     def begin(self, plan: FreezePlan, first: int) -> None:
         """From step `first` (from 1) on `plan` says what trains. If some of it had not trained before, `first` is
@@ -80,7 +89,7 @@ class Watch:
 
     @torch.no_grad()
     def before(self) -> None:
-        self.last = self._now()
+        self.was = self._now()
 
     @torch.no_grad()
     def gradients(self, norms: Optional[Mapping[nn.Parameter, Tensor]] = None, times: float = 1.0) -> None:
@@ -91,17 +100,18 @@ class Watch:
         else:
             found = [norms[self.parameters[name]] for name in names]
         squares = (torch.stack([norm.float() for norm in found]) * times).square() if found else torch.zeros(0)
-        self.squares: dict[Part, float] = defaultdict(float)
+        self.squares = defaultdict(float)
         for name, square in zip(names, squares.tolist(), strict=True):
             self.squares[part_of(name)] += square
 
     @torch.no_grad()
     def after(self, step: int) -> list[Seen]:
-        """What was seen of step `step`, part by part. Raises RunError if a new block gets no gradient at first."""
+        """What was seen of step `step`, part by part. Raises RunError if a new block gets no gradient at
+        first, or does not move."""
         now, found = self._now(), []
         sums: dict[Part, Tensor] = {}
         for name, rows in now.items():
-            old, first = self.last[name], self.start[name].to(rows.device)
+            old, first = self.was[name], self.start[name].to(rows.device)
             four = torch.stack([(rows - old).square().sum(), old.square().sum(),
                                 (rows - first).square().sum(), first.square().sum()])  # fmt: skip
             sums[part_of(name)] = sums.get(part_of(name), 0) + self.share[name] * four
@@ -110,7 +120,7 @@ class Watch:
             ratios = moved / was if was else float(moved > 0), drifted / began if began else float(drifted > 0)
             found.append(Seen(step, part, self.squares[part] ** 0.5, *ratios))
         self._check(found)
-        del self.last
+        self.was = {}
         return found
 
     def _check(self, found: Iterable[Seen]) -> None:
@@ -122,6 +132,11 @@ class Watch:
                     raise RunError(
                         f"The new block {seen.part} gets no gradient in step {seen.step}, so it would never learn. "
                         "Look at what trains in it, and above it."
+                    )
+                if seen.drift == 0:
+                    raise RunError(
+                        f"The new block {seen.part} does not move in step {seen.step}: its weights are to the bit what "
+                        f"they were. Give it a higher learning rate (--train.lr, --layer_lr {seen.part}:RATE)."
                     )
                 self.known_to_move.add(seen.part)
 

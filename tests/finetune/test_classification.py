@@ -239,6 +239,7 @@ def test_classify_a_file(tmp_path, records, capsys):
     with (tmp_path / "out.csv").open(encoding="utf-8") as lines:
         found = list(csv.DictReader(lines))
     assert [row["text"] for row in found] == texts
+    assert [row["source"] for row in found] == [f"{tmp_path / 'texts.csv'}:{line}" for line in range(2, 62)]
     assert main(["classify", *place, "--text", texts[0], "--top", "3"]) == 0
     first = capsys.readouterr().out.splitlines()
     assert len(first) == 3 and first[0].endswith(found[0]["label"])
@@ -283,7 +284,11 @@ def test_mistakes_are_told_before_anything_is_written(shared_run, monkeypatch, c
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("finetune lora --task classification --lora_targets head", "head cannot train in full and carry an adapter"),
+        ("finetune lora --task classification --lora_targets head", "a classifier's head always trains in full"),
+        (
+            "finetune lora --task classification --trainable_layers none",
+            "finetune full --task classification --trainable_layers none",
+        ),
         ("generate --checkpoint_dir run/final", "is a classifier and writes nothing: litfreeze classify"),
         (f"classify --checkpoint_dir {MODEL_DIR} --text hi", "is a language model. Make a classifier of it with"),
         ("classify --checkpoint_dir run/final", "either --text '…', or --data"),

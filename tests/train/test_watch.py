@@ -159,6 +159,13 @@ def test_a_block_without_a_gradient_ends_the_run(tmp_path):
         watch.after(1)
 
 
+def test_a_new_block_that_stays_where_it_was_ends_the_run(tmp_path):
+    deep = expand(out_dir=tmp_path / "deep", new_blocks=2)
+    words = {"checkpoint_dir": deep, "out_dir": tmp_path / "run", "trainable_layers": "new", "eval": QUICK}
+    with pytest.raises(RunError, match="The new block 6 does not move in step 1"):
+        finetune_full(train=replace(EACH, lr=1e-30), **words)
+
+
 FALLING = [2.0, 1.8, 1.6, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4]
 
 
