@@ -8,7 +8,7 @@ import traceback
 from typing import Optional
 
 from litfreeze.cli import NoCommand, parse
-from litfreeze.errors import LitfreezeError
+from litfreeze.errors import Interrupted, LitfreezeError
 
 COMMANDS = {
     "finetune full": "litfreeze.finetune.full:setup",
@@ -21,6 +21,7 @@ COMMANDS = {
     "layers": "litfreeze.scripts.layers:setup",
     "rank": "litfreeze.scripts.rank:setup",
     "diff": "litfreeze.scripts.diff:setup",
+    "verify": "litfreeze.scripts.verify:setup",
     "convert from_hf": "litfreeze.scripts.convert:from_hf",
     "convert to_hf": "litfreeze.scripts.convert:to_hf",
     "convert from_peft": "litfreeze.scripts.convert:from_peft",
@@ -35,7 +36,7 @@ COMMANDS = {
 def main(argv: Optional[list[str]] = None) -> int:
     """Run one command line (by default the process's own) and return its exit code.
 
-    0: done. 1: the run failed. 2: the input was wrong. 130: interrupted. 141: whoever read our output went away.
+    0: done. 1: the run failed. 2: the input was wrong. 130, 143: interrupted. 141: whoever read our output left.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in words
@@ -46,6 +47,10 @@ def main(argv: Optional[list[str]] = None) -> int:
     except NoCommand as choices:
         print(choices, file=sys.stderr)
         return choices.exit_code
+    except Interrupted as stop:
+        if stop.exit_code:
+            print(stop, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 Functions raise these; only `litfreeze/__main__.py` turns them into an exit code, so a notebook gets an exception."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -20,6 +21,15 @@ class UsageError(LitfreezeError, ValueError):
 
 class RunError(LitfreezeError, RuntimeError):
     """The input was fine and the run failed all the same. Exit code 1."""
+
+
+class Interrupted(LitfreezeError):
+    """A run was asked to stop by a signal, and has saved where it stands. Exit code 128 + the signal's number, as a
+    shell tells it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

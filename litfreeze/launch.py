@@ -8,7 +8,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from litfreeze.errors import UsageError
+from litfreeze.errors import Interrupted, LitfreezeError, UsageError
 from litfreeze.precision import PRECISIONS, Precision, default_precision
 
 
@@ -37,9 +37,35 @@ def build_fabric(
     return fabric, PRECISIONS[name]
 
 
+def on_first(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
+    """What `function` returns, or the error that it raises, on the first process: on all of them, so that none waits
+    for one that has failed."""
+    told = None, None
+    if fabric.is_global_zero:
+        try:
+            told = function(*arguments), None
+        except (LitfreezeError, OSError) as error:
+            told = None, error
+    if fabric.world_size > 1:
+        told = fabric.broadcast(told)
+    result, error = told
+    if error is not None:
+        raise error
+    return result
+
+
 def launch(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
     """Starts the processes `fabric` asks for and calls `function(fabric, *arguments)` on each. Under `fabric run` they
     are running already, and Fabric refuses a second launch."""
+
+    def of_one(fabric: Fabric, *arguments: Any) -> Any:
+        try:
+            return function(fabric, *arguments)
+        except Interrupted as stop:
+            if not fabric.is_global_zero:
+                stop.exit_code = 0  # a launcher would take it for a crash, and kill the first process too
+            raise
+
     if os.environ.get("LT_CLI_USED") == "1":
-        return function(fabric, *arguments)
-    return fabric.launch(function, *arguments)
+        return of_one(fabric, *arguments)
+    return fabric.launch(of_one, *arguments)

@@ -1,19 +1,20 @@
-"""A point to go on from: the chosen weights unrounded, the optimizer's state and where the run stood.
+"""Points to go on from: the chosen weights unrounded, the optimizer's state and where the run stood.
 
-Kept in `resume/` inside a run's folder, replaced whole every `--train.save_interval` steps, gone when it is done."""
+Kept in `resume/step-000010/` inside a run's folder, each of them whole or not there at all; the last few stay, so that
+one that was damaged has another behind it. They go when the run is done."""
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from litfreeze.checkpoint.tensors import (
     TensorFile,
-    replace_directory,
-    settle_directory,
+    remove_directory,
     sha256,
     whole_directory,
     write_tensors,
@@ -21,56 +22,94 @@ from litfreeze.checkpoint.tensors import (
 )
 from litfreeze.config import read_json
 from litfreeze.errors import UsageError
-from litfreeze.outputs import RESUME
+from litfreeze.outputs import FINAL, RESUME, kept_steps, step_name
 
 STATE, FACTS = "state", "resume.json"
 WEIGHT = "weight"  # beside the optimizers' own words: exp_avg, exp_avg_sq, step; momentum_buffer; state1, absmax1, ...
 
 
-def write_resume(
-    run_dir: Path,
-    model: nn.Module,
-    names: Collection[str],
-    optimizer: torch.optim.Optimizer,
-    facts: Mapping[str, Any],
-) -> None:
-    """Saves the parameters `names` of `model`, all that has trained, in the dtypes it trained in, the state of those
-    that `optimizer` holds, and `facts` (JSON)."""
-    tensors = _tensors(model, names, optimizer)
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+@dataclass(frozen=True)
+class Point:
+    """The newest point of a run that is whole: its folder, and what stands there beside the tensors. `passed_over` has
+    what is wrong with newer ones."""
 
-    def write(place: Path) -> None:
-        with whole_directory(place) as aside:
-            hashes = write_tensors(aside, STATE, layout, tensors.__getitem__, max_shard_bytes=2**63)
-            write_text(aside / FACTS, json.dumps({**facts, "tensors": hashes}, indent=2, ensure_ascii=False) + "\n")
-
-    replace_directory(run_dir / RESUME, write)
+    path: Path
+    facts: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
 
 
-def read_facts(run_dir: Path) -> dict[str, Any]:
-    """What stands beside the tensors, whose hashes are checked. Raises UsageError if there is nothing to resume, or it
-    is damaged."""
-    settle_directory(run_dir / RESUME)
-    if not (run_dir / RESUME).is_dir():
-        done = " It is finished." if (run_dir / "final").is_dir() else ""
-        raise UsageError(
-            f"--resume {run_dir}: no point to go on from is kept there.{done} A run keeps one every "
-            "--train.save_interval steps."
-        )
-    facts = read_json(run_dir / RESUME / FACTS)
+def take_state(
+    model: nn.Module, names: Collection[str], optimizer: Optional[torch.optim.Optimizer], snapshot: bool
+) -> dict[str, Tensor]:
+    """The parameters `names` of `model`, all that has trained, as `weight.NAME`, and as `exp_avg.NAME` and the like the
+    state of those that `optimizer` holds; as a `snapshot`, copies on the CPU, else the tensors themselves."""
+    state = {}
+    for name, weight in _named(model, names).items():
+        state[f"{WEIGHT}.{name}"] = weight.detach()
+        for kind, value in optimizer.state.get(weight, {}).items() if optimizer is not None else ():
+            state[f"{kind}.{name}"] = torch.as_tensor(value)  # bitsandbytes counts steps by a plain number
+    return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()} if snapshot else state
+
+
+def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a state, by their names."""
+    return {name.removeprefix(f"{WEIGHT}."): state[name] for name in state if name.startswith(f"{WEIGHT}.")}
+
+
+def write_point(run_dir: Path, step: int, state: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> None:
+    """Saves a state, in the dtypes it trained in, and `facts` (JSON), unless the point is there: the same run made it,
+    or went on from it. Of earlier points the last `keep` - 1 stay."""
+    place = run_dir / RESUME / step_name(step)
+    if place.exists():
+        return
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    with whole_directory(place) as aside:
+        hashes = write_tensors(aside, STATE, layout, state.__getitem__, max_shard_bytes=2**63)
+        write_text(aside / FACTS, json.dumps({**facts, "tensors": hashes}, indent=2, ensure_ascii=False) + "\n")
+    for old in points(run_dir)[keep:]:
+        remove_directory(old)
+
+
+def points(run_dir: Path) -> list[Path]:
+    """The folders of the points of a run, newest first."""
+    return kept_steps(run_dir / RESUME)
+
+
+def newest_point(run_dir: Path) -> Point:
+    """The newest point whose tensors have the hashes on record. Raises UsageError if there is none."""
+    passed_over = []
+    for path in points(run_dir):
+        try:
+            return Point(path, read_facts(path), tuple(passed_over))
+        except UsageError as error:
+            passed_over.append(str(error))
+    if passed_over:
+        raise UsageError(f"--resume {run_dir}: every point to go on from is damaged. {passed_over[0]}")
+    done = " It is finished." if (run_dir / FINAL).is_dir() else ""
+    raise UsageError(
+        f"--resume {run_dir}: no point to go on from is kept there.{done} A run keeps one every --train.save_interval "
+        "steps, and when it is stopped."
+    )
+
+
+def read_facts(point: Path) -> dict[str, Any]:
+    """What stands beside the tensors of `point`, whose hashes are checked. Raises UsageError if it is damaged."""
+    facts = read_json(point / FACTS)
     if not isinstance(facts.get("tensors"), dict) or not isinstance(facts.get("recipe"), str):
-        raise UsageError(f"{run_dir / RESUME / FACTS} is damaged.")
-    file = _state_file(run_dir)
+        raise UsageError(f"{point / FACTS} is damaged.")
+    file = _state_file(point)
     for name, (dtype, _) in file.layout.items():
         if sha256(file.read(name), dtype) != facts["tensors"].get(name):
             raise UsageError(f"{file.path}: {name} is damaged (its sha256 is not the one on record).")
+    if missing := facts["tensors"].keys() - file.layout.keys():
+        raise UsageError(f"{file.path}: {min(missing)} is missing.")
     return facts
 
 
 @torch.no_grad()
-def restore(run_dir: Path, model: nn.Module, names: Collection[str], optimizer: torch.optim.Optimizer) -> None:
+def restore(point: Path, model: nn.Module, names: Collection[str], optimizer: torch.optim.Optimizer) -> None:
     """Puts the saved weights and state back. Raises UsageError if a tensor is missing, or of another shape."""
-    file = _state_file(run_dir)
+    file = _state_file(point)
     weights = _named(model, names)
     kinds: dict[str, list[str]] = {name: [] for name in weights}
     for name in file.layout:
@@ -96,17 +135,8 @@ def restore(run_dir: Path, model: nn.Module, names: Collection[str], optimizer: 
             optimizer.state[weight] = state
 
 
-def _state_file(run_dir: Path) -> TensorFile:
-    return TensorFile(run_dir / RESUME / f"{STATE}.safetensors")
-
-
-def _tensors(model: nn.Module, names: Collection[str], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, weight in _named(model, names).items():
-        tensors[f"{WEIGHT}.{name}"] = weight.detach()
-        state = optimizer.state.get(weight, {}).items()  # tensors; bitsandbytes counts steps by a plain number
-        tensors |= {f"{kind}.{name}": torch.as_tensor(value) for kind, value in state}
-    return tensors
+def _state_file(point: Path) -> TensorFile:
+    return TensorFile(point / f"{STATE}.safetensors")
 
 
 def _named(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:

@@ -272,6 +272,12 @@ def sha256(tensor: Tensor, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
+def hash_file(path: Path) -> str:
+    """sha256 of what stands in a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes aside, fsyncs and renames, so that `path` is whole or as it was."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -322,6 +328,26 @@ def replace_directory(path: Path, write: Callable[[Path], Result]) -> Result:
     fsync(path.parent)
     shutil.rmtree(old)
     return result
+
+
+def remove_directory(path: Path) -> None:
+    """Removes `path`: at no moment a part of it stands under its name."""
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def clean_directory(path: Path) -> None:
+    """Takes away what a writer that was killed left in `path`, and finishes, or takes back, what it was replacing."""
+    for left in list(path.glob(".*")) if path.is_dir() else ():
+        name, _, what = left.name[1:].rpartition(".")
+        if left.is_dir() and what in ("new", "old"):
+            settle_directory(path / name)
+        elif left.is_dir() and (what == "gone" or what.isdigit()):
+            shutil.rmtree(left, ignore_errors=True)
+        elif what.isdigit():
+            left.unlink(missing_ok=True)
 
 
 def settle_directory(path: Path) -> None:

@@ -15,7 +15,6 @@ from litfreeze.checkpoint.tensors import same_bits
 from litfreeze.checkpoint.write import stored_as, write_checkpoint, write_over_base
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.quantize import Quantised
-from litfreeze.model import GPT
 
 
 @dataclass
@@ -65,27 +64,26 @@ class Proof:
 def write_trained(
     out_dir: Path,
     checkpoint: Checkpoint,
-    model: GPT,
+    weights: Mapping[str, Tensor],
     plan: FreezePlan,
     manifest: Mapping[str, Any],
     whole: bool,
     prove: bool = True,
     save_dtype: Optional[torch.dtype] = None,
 ) -> Optional[Proof]:
-    """Writes what a run made of `checkpoint`: what is frozen from its own bytes, what trained from `model`, rounded
-    once. One tensor is in memory at a time. A frozen weight that is empty in `model` has left it, untouched.
+    """Writes what a run made of `checkpoint`: what is frozen from its own bytes, what trained from `weights`,
+    rounded once. One tensor is in memory at a time. A frozen weight that is empty there has left the model, untouched.
 
     `whole` writes every weight, else only what differs from the base, an adapter included. `prove` compares every
     tensor with `checkpoint`, also those that are not written. Dtypes are those of `checkpoint` unless `save_dtype`
     names one for all that is written."""
-    weights = dict(model.named_parameters())
     proof = Proof(save_dtype=save_dtype)
 
     def read(name: str) -> Tensor:
-        before, after = checkpoint.read(name), weights[name].detach()
         trained = name in plan.trained
         if not prove:
-            return after if trained else before
+            return weights[name].detach() if trained else checkpoint.read(name)
+        before, after = checkpoint.read(name), weights[name].detach()
         same = (name not in plan.trained and not after.numel()) or same_bits(before, after, after.dtype)
         if trained:
             proof.trained += 1

@@ -15,7 +15,7 @@ from litfreeze.checkpoint.convert.hf import as_hf
 from litfreeze.checkpoint.convert.peft import as_peft
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.directory import FORMAT, MANIFEST, STEMS, TRAINED, WHOLE, Checkpoint, identity, weights_hash
-from litfreeze.checkpoint.tensors import Layout, whole_directory, write_tensors, write_text
+from litfreeze.checkpoint.tensors import Layout, hash_file, whole_directory, write_tensors, write_text
 from litfreeze.errors import UsageError
 from litfreeze.tokenizer import TOKENIZER_FILES
 
@@ -59,9 +59,22 @@ def write_over_base(
 def _write_manifest(
     directory: Path, known: Mapping[str, Any], weights_hash: str, hashes: Mapping[str, str]
 ) -> dict[str, Any]:
-    whole = {"format": FORMAT, "litfreeze": __version__, **known, "weights_hash": weights_hash, "tensors": hashes}
+    whole = {
+        "format": FORMAT,
+        "litfreeze": __version__,
+        **known,
+        "weights_hash": weights_hash,
+        "tensors": hashes,
+        "files": {file.name: _record(file) for file in sorted(directory.iterdir())},
+    }
     write_text(directory / MANIFEST, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     return whole
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """Its size and, unless its tensors have hashes of their own, its sha256."""
+    size = {"bytes": file.stat().st_size}
+    return size if file.suffix == ".safetensors" else {**size, "sha256": hash_file(file)}
 
 
 def write_hf(out_dir: Path, checkpoint: Checkpoint) -> int:

@@ -47,6 +47,7 @@ def setup(
         out_dir: Where the run is written; by default a new folder `out/finetune/full`.
         base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
         resume: Go on with an interrupted run: its folder, or the newest one if none is named. It keeps its options.
+            auto goes on in --out_dir or, where nothing was kept yet, begins: for jobs that may be put back in a queue.
         task: Learn to write, or to tell the class of a text: classification puts a new head in place of the language
             model's, with a logit for each label in the data, and trains it beside what else is named.
         trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  new  all  none;

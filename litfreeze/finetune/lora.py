@@ -53,6 +53,7 @@ def setup(
         base_dir: The base of an adapter, where it is not where it was.
         force_base: Accept a base with other weights than the adapter was trained on.
         resume: Go on with an interrupted run: its folder, or the newest one if none is named. It keeps its options.
+            auto goes on in --out_dir or, where nothing was kept yet, begins: for jobs that may be put back in a queue.
         task: Learn to write, or to tell the class of a text: classification puts a new head in place of the language
             model's, with a logit for each label in the data, and trains it in full beside the adapter.
         trainable_layers: Blocks that get an adapter: 10,11  0-3,8  -2:  last:8  20%-80%  all; rank:spectrum:4 for

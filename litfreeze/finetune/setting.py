@@ -11,7 +11,7 @@ from typing import Any, Optional, SupportsIndex, Union
 import yaml
 
 from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint
-from litfreeze.checkpoint.resume import read_facts
+from litfreeze.checkpoint.resume import newest_point, points
 from litfreeze.choose.rank import Ranking, rank
 from litfreeze.choose.sample import draw_batches
 from litfreeze.choose.words import NEED_DATA, RECORDS, has_ranks, put_ids
@@ -23,7 +23,7 @@ from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.rates import with_rates
 from litfreeze.freeze.words import one_of, thawing_from_words
 from litfreeze.launch import build_fabric, launch
-from litfreeze.outputs import last_resumable
+from litfreeze.outputs import FINAL, last_resumable
 from litfreeze.train.args import TrainArgs
 from litfreeze.train.job import Job, Result
 from litfreeze.train.run import run
@@ -34,12 +34,18 @@ DEVICES = ("accelerator", "devices", "num_nodes")  # what a resumed run may be t
 
 def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any]) -> SimpleNamespace:
     """The options a run goes by: those given or, with `resume`, those of the interrupted run, whose folder `out_dir` is
-    then. Raises UsageError if there is nothing to resume, or options are given that could not be honoured."""
+    then; `auto` beside an `out_dir` begins there, if nothing is to go on from. Raises UsageError if there is nothing to
+    resume, or options are given that could not be honoured."""
     given = SimpleNamespace(**{name: _plain(value) for name, value in options.items()})
     if not given.resume:
-        return given
-    run_dir = last_resumable(method) if str(given.resume) in ("True", "auto") else Path(given.resume)
-    facts = read_facts(run_dir)
+        return but(given, anew=False)
+    if str(given.resume) == "auto" and given.out_dir is not None:
+        run_dir = Path(given.out_dir)
+        if not points(run_dir) and not (run_dir / FINAL).is_dir():  # nothing was kept yet, or nothing began
+            return but(given, resume=False, anew=True)
+    else:
+        run_dir = last_resumable(method) if str(given.resume) in ("True", "auto") else Path(given.resume)
+    facts = newest_point(run_dir).facts
     if facts.get("method") != method:
         raise UsageError(f"--resume {run_dir} is a run of finetune {facts.get('method')}, not of {method}.")
     own = arguments(f"finetune {method}", script, facts["recipe"])
@@ -61,9 +67,18 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
             own["frozen"] = replace(own["frozen"], **{name: value})
         elif name in (*DEVICES, "base_dir"):
             own[name] = value
-        elif name != "resume" and str(value) != str(kept):
+        elif name not in ("resume", "out_dir") and not _same(value, kept):
             raise UsageError(_ELSEWISE.format(name, value, kept))
-    return SimpleNamespace(**{**own, "out_dir": run_dir, "resume": run_dir})
+    if given.out_dir is not None and Path(given.out_dir).resolve() != run_dir.resolve():
+        raise UsageError(f"--out_dir {given.out_dir} stands beside --resume {run_dir}, which is where the run goes on.")
+    return SimpleNamespace(**{**own, "out_dir": run_dir, "resume": run_dir, "anew": False})
+
+
+def _same(value: Any, kept: Any) -> bool:
+    """Whether an option given beside --resume says what the run's own does."""
+    if isinstance(kept, Path):
+        return Path(value).resolve() == kept.resolve()
+    return str(value) == str(kept) or has_ranks(value if isinstance(value, str) else None)  # its blocks were ranked
 
 
 def open_base(
@@ -130,6 +145,7 @@ def start(
         frozen=options.frozen,
         thawing=thawing_from_words(plan.config, options.thaw, options.seed),
         resume=bool(options.resume),
+        anew=options.anew,
         **more,
     )
     return launch(fabric, run, job)
@@ -159,7 +175,7 @@ def recipe_yaml(script: Callable[..., Any], options: Mapping[str, Any]) -> str:
     """Those `options` of `script` that are not its defaults, as YAML that `--config` takes. `out_dir` is left out, so
     that the recipe can be run again."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
-    left_out = ("out_dir", "resume")
+    left_out = ("out_dir", "resume", "anew")
     chosen = _changed({name: value for name, value in options.items() if name not in left_out}, defaults)
     for name in [name for name in chosen if getattr(defaults[name], "flat", False)]:
         chosen |= chosen.pop(name)

@@ -30,9 +30,13 @@ class TrainArgs:
         activation_checkpointing: Compute activations again in backward in place of keeping them, in the blocks that
             backward reaches: less memory, more time.
         max_norm: Clip the gradient of the chosen parameters to this norm; null for never.
+        nonfinite: What to do about a step whose loss or gradient is not finite: stop ends the run and names the
+            records; skip names them and leaves the weights alone, up to ten such steps in a row.
         save_interval: Save a checkpoint and a point to `--resume` from every this many steps; by default only the best
             checkpoint and the final one are saved.
         keep_last: How many of those interval checkpoints to keep; by default 2.
+        save_in_background: Write what is kept on the way from a copy in memory, beside the next steps, if there is room
+            for it; else training waits.
         log_interval: Write a line of metrics every this many steps.
         watch_interval: Look every this many steps, and when a block begins to train and in the last step, at what each
             block does: the norm of its gradient, how far the step moves it, how far it has come (blocks.csv,
@@ -54,8 +58,10 @@ class TrainArgs:
     beta2: float = 0.95
     activation_checkpointing: bool = False
     max_norm: Optional[float] = 1.0
+    nonfinite: Literal["stop", "skip"] = "stop"
     save_interval: Optional[int] = None
     keep_last: Optional[int] = None
+    save_in_background: bool = True
     log_interval: int = 1
     watch_interval: int = 10
 

@@ -53,6 +53,8 @@ def check_fused_backward(train: TrainArgs, precision: str, world_size: int) -> N
         why = f"{world_size} processes add up their gradients after it. Say --devices 1"
     elif precision == "16-mixed":
         why = "--precision 16-mixed looks at all gradients before it steps. Choose bf16-mixed or 32-true"
+    elif train.nonfinite == "skip":
+        why = "--train.nonfinite skip looks at all gradients before it steps. Leave it out"
     elif train.max_norm is not None:
         why = "clipping needs all gradients at once. Say --train.max_norm null"
     elif train.global_batch_size > train.micro_batch_size:

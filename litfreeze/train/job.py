@@ -35,6 +35,7 @@ class Job:
     save: Literal["full", "delta", "both"]  # the final checkpoint: all weights, only what trained, or each
     save_dtype: Optional[torch.dtype] = None
     resume: bool = False  # go on in `out_dir`
+    anew: bool = False  # begin, in a folder where a run of this recipe may have begun before
     thawing: Optional[Thawing] = None  # when the blocks of the plan train, if not from beginning to end
     notes: tuple[str, ...] = ()  # what the person is told about where the run begins
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -13,16 +13,29 @@ from torch import nn
 from litfreeze.confusion import macro_f1
 from litfreeze.data.batches import epoch_order, step_indices, steps_per_epoch, val_indices
 from litfreeze.data.samples import IGNORE
-from litfreeze.errors import RunError
+from litfreeze.errors import Interrupted, RunError
+from litfreeze.outputs import BEST, step_name
 from litfreeze.train.args import EvalArgs, TrainArgs, seconds
 from litfreeze.train.feed import Feed
 from litfreeze.train.fused import FusedBackward
+from litfreeze.train.interrupt import Interrupts
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.optim import lr_at, set_lr, warmup_steps
 from litfreeze.train.outcome import Outcome, Scores
 from litfreeze.train.watch import Watch
 
 LOWER_LR = "Lower --train.lr, or clip harder with --train.max_norm."
+
+
+SKIPS = 10  # in a row that end a run: it would not come back
+
+
+class NotFinite(Exception):
+    """A step whose `loss` or gradient is not a number; the weights are as they were before it."""
+
+    def __init__(self, told: str, loss: float) -> None:
+        super().__init__(told)
+        self.loss = loss
 
 
 @dataclass(frozen=True)
@@ -58,30 +71,52 @@ def fit(
     train: TrainArgs,
     eval: EvalArgs,
     monitor: Monitor,
-    save: Callable[[str, Outcome], object],
+    save: Callable[[str, Outcome], None],
     seed: int,
     outcome: Optional[Outcome] = None,
     fused: Optional[FusedBackward] = None,
     until: Optional[int] = None,
     watch: Optional[Watch] = None,
+    *,
+    interrupts: Interrupts,
 ) -> Outcome:
     """Trains `model` (a `NextToken` under Fabric) on `records` and returns what it reached on `held_out`, beginning
     where `outcome` stands and, if step `until` comes before the schedule's last one, ending there for another stage.
 
     The gradient of a step is the mean over all target tokens of its global batch, however that is cut into
     micro-batches and processes. `save(name, outcome)` writes a checkpoint. With `fused` parameters step inside of
-    backward. `watch` looks at some of the steps. Raises RunError on a loss that is not finite."""
+    backward. `watch` looks at some of the steps.
+
+    Raises RunError on a loss or gradient that is not finite, unless such steps are to be skipped, and Interrupted if a
+    signal came, after the step that it came in was saved."""
     outcome = outcome or Outcome()
     began = time.perf_counter() - outcome.wall_seconds
-    measure = bool(held_out.samples)
     order: list[int] = []
-    if measure and eval.initial_validation and outcome.step == 0:
-        outcome.before = outcome.after = validate(fabric, model, held_out, train.micro_batch_size)
-        outcome.best_loss = outcome.before.loss
-        monitor.validated(0, outcome.before)
     limit = None if train.max_time is None else seconds(train.max_time)
     until = schedule.max_steps if until is None else until
-    while outcome.step < until and not outcome.stopped:
+    first, skipped = outcome.step, 0  # steps skipped in a row
+
+    def keep() -> None:
+        outcome.wall_seconds = time.perf_counter() - began
+        save(step_name(outcome.step), outcome)
+
+    while True:
+        asked, late = _most(fabric, interrupts.number, limit is not None and time.perf_counter() - began >= limit)
+        if asked:
+            if outcome.step > 0:
+                keep()  # before a validation that is due, which a run that goes on begins with
+            raise Interrupted(int(asked))
+        if late and first < outcome.step < schedule.max_steps:
+            outcome.stopped = f"--train.max_time {train.max_time} was reached"
+        last = outcome.step == schedule.max_steps or bool(outcome.stopped)
+        due = eval.initial_validation if outcome.step == 0 else last or outcome.step % schedule.eval_interval == 0
+        if due and held_out.samples and outcome.validated != outcome.step:
+            _measure(fabric, model, held_out, train, eval, monitor, save, outcome, last)
+            last = last or bool(outcome.stopped)
+        if train.save_interval and outcome.step % train.save_interval == 0 and not last and outcome.step > first:
+            keep()
+        if last or outcome.step == until:
+            break
         epoch, within = divmod(outcome.step, schedule.steps_per_epoch)
         if within == 0 or not order:
             order = epoch_order(len(records.samples), seed, epoch)
@@ -94,37 +129,56 @@ def fit(
         then = step_indices(order, within + 1, *sizes)[:1] if outcome.step + 1 < until else []
         start = time.perf_counter()
         looking = watch if watch is not None and watch.due(outcome.step + 1) else None
-        loss, norm, tokens = _step(
-            fabric, model, optimizer, records, micro_batches, then, train.max_norm, fused, looking
-        )
+        try:
+            loss, norm, tokens = _step(
+                fabric, model, optimizer, records, micro_batches, then, train.max_norm, fused, looking
+            )
+            skipped = 0
+        except NotFinite as broken:
+            optimizer.zero_grad()
+            skipped += 1
+            if train.nonfinite == "stop" or skipped == SKIPS:
+                raise RunError(f"Step {outcome.step + 1}: {broken} {LOWER_LR}") from None
+            monitor.say(f"Skipped   step {outcome.step + 1}: {broken}")
+            loss, norm, tokens, looking = broken.loss, math.nan, 0, None
         outcome.step += 1
         outcome.tokens += tokens
         outcome.seconds += time.perf_counter() - start
         monitor.stepped(outcome.step, epoch, lr, loss, norm, outcome.tokens, outcome.seconds)
         if looking is not None:
             monitor.watched(looking.after(outcome.step))
-        if limit is not None and _any(fabric, time.perf_counter() - began >= limit):
-            outcome.stopped = f"--train.max_time {train.max_time} was reached"
-        last = outcome.step == schedule.max_steps or bool(outcome.stopped)
-        if measure and (last or outcome.step % schedule.eval_interval == 0):
-            outcome.after = validate(fabric, model, held_out, train.micro_batch_size)
-            monitor.validated(outcome.step, outcome.after)
-            if not math.isfinite(outcome.after.loss):
-                raise RunError(f"The validation loss became {outcome.after.loss} at step {outcome.step}. {LOWER_LR}")
-            better = outcome.after.loss < outcome.best_loss
-            outcome.worse = 0 if better else outcome.worse + 1
-            if better:
-                outcome.best_loss, outcome.best_step = outcome.after.loss, outcome.step
-                if eval.save_best and not last:
-                    outcome.best_kept = outcome.step
-                    save("best", outcome)
-            if eval.patience is not None and outcome.worse >= eval.patience and not last:
-                outcome.stopped = f"{outcome.worse} validations in a row did not beat {outcome.best_loss:.4f}"
-        if train.save_interval and outcome.step % train.save_interval == 0 and not last:
-            outcome.wall_seconds = time.perf_counter() - began
-            save(f"step-{outcome.step:06d}", outcome)
     outcome.wall_seconds = time.perf_counter() - began
     return outcome
+
+
+def _measure(
+    fabric: Fabric,
+    model: nn.Module,
+    held_out: Feed,
+    train: TrainArgs,
+    eval: EvalArgs,
+    monitor: Monitor,
+    save: Callable[[str, Outcome], None],
+    outcome: Outcome,
+    last: bool,
+) -> None:
+    """Validates, and draws the consequences: a best checkpoint, and an end when nothing has become better for long."""
+    outcome.after, outcome.validated = validate(fabric, model, held_out, train.micro_batch_size), outcome.step
+    monitor.validated(outcome.step, outcome.after)
+    if outcome.step == 0:
+        outcome.before, outcome.best_loss = outcome.after, outcome.after.loss
+        return
+    if not math.isfinite(outcome.after.loss):
+        raise RunError(f"The validation loss became {outcome.after.loss} at step {outcome.step}. {LOWER_LR}")
+    better = outcome.after.loss < outcome.best_loss
+    outcome.worse = 0 if better else outcome.worse + 1
+    if better:
+        outcome.best_loss, outcome.best_step = outcome.after.loss, outcome.step
+        if eval.save_best and not last:
+            outcome.best_kept = outcome.step
+            save(BEST, outcome)
+    if eval.patience is not None and outcome.worse >= eval.patience and not last:
+        outcome.stopped = f"{outcome.worse} validations in a row did not beat {outcome.best_loss:.4f}"
 
 
 def _step(
@@ -147,17 +201,18 @@ def _step(
     learned = sum(int((sample.labels[1:] != IGNORE).sum()) for sample in used)
     read = sum(len(sample.tokens) - 1 for sample in used)
     targets, tokens = _sum(fabric, torch.tensor([learned, read], dtype=torch.float64)).tolist()
-    total = torch.zeros((), dtype=torch.float64)
+    total, broken = torch.zeros((), dtype=torch.float64), []  # the first micro-batch whose loss is not finite
     for i, given in enumerate(records.given(micro_batches, *then)):
         with fabric.no_backward_sync(model, enabled=i < len(micro_batches) - 1):
             scored = model(*given)
             # DDP averages over processes, so each one's share is scaled up by their number
             fabric.backward(scored.loss * (fabric.world_size / targets))
         total += scored.loss.detach().cpu().double()
+        if not total.isfinite() and not broken:
+            broken = [micro_batches[i]]
     loss = (_sum(fabric, total) / targets).item()
     if not math.isfinite(loss):
-        places = ", ".join(sample.source for sample in used[:4])
-        raise RunError(f"The loss became {loss}. {LOWER_LR} Or look at the records of this step: {places} ….")
+        raise NotFinite(f"the loss became {loss} in the records {_places(fabric, broken, records)}.", loss)
     scaled = fabric.strategy.precision.precision == "16-mixed"  # gradients are scaled; a step that overflows is skipped
     if fused is not None:
         if watch is not None:
@@ -169,13 +224,23 @@ def _step(
     else:
         norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or float("inf"), error_if_nonfinite=False)
     if not math.isfinite(norm) and not scaled:
-        raise RunError(f"The gradient became {float(norm)} where the loss was {loss:.4f}. {LOWER_LR}")
+        told = f"the gradient became {float(norm)} in the records {_places(fabric, micro_batches, records)}."
+        raise NotFinite(told, loss)
     if fused is None:
         if watch is not None:
             watch.gradients(times=max(1.0, float(norm) / max_norm) if max_norm is not None else 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return loss, float(norm), int(tokens)
+
+
+def _places(fabric: Fabric, micro_batches: Sequence[Sequence[int]], records: Feed) -> str:
+    """'data.jsonl:3, data.jsonl:9': where the records of these micro-batches stand, those of all processes together."""
+    found = [[records.samples[i].source for indices in micro_batches for i in indices]]
+    if fabric.world_size > 1:
+        found *= fabric.world_size
+        torch.distributed.all_gather_object(found, found[0])
+    return ", ".join(sorted({place for places in found for place in places}))
 
 
 @torch.no_grad()
@@ -204,6 +269,8 @@ def _sum(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:
     return fabric.all_reduce(values.to(fabric.device), reduce_op="sum").cpu()
 
 
-def _any(fabric: Fabric, flag: bool) -> bool:
-    """True on every process if it is on one: all must leave the loop together."""
-    return bool(_sum(fabric, torch.tensor(float(flag))) > 0)
+def _most(fabric: Fabric, *values: float) -> list[float]:
+    """The greatest of each value over all processes: all must leave the loop together."""
+    if fabric.world_size == 1:
+        return list(values)
+    return fabric.all_reduce(torch.tensor(values, dtype=torch.float64, device=fabric.device), reduce_op="max").tolist()

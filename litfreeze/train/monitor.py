@@ -53,13 +53,17 @@ class Monitor:
     events where it is installed, and either a progress bar (on a terminal) or about twenty plain lines. Silent on ranks
     other than 0.
 
-    A run that goes on after `resumed_at` steps keeps the rows up to there and writes on below them."""
+    A run that goes on after `resumed_at` steps, with that step's validation or with it still to come, keeps the rows
+    up to there and writes on below them."""
 
-    def __init__(self, out_dir: Path, max_steps: int, log_interval: int, rank: int, resumed_at: int = 0) -> None:
+    def __init__(
+        self, out_dir: Path, max_steps: int, log_interval: int, rank: int, resumed_at: int = 0, validated: bool = True
+    ) -> None:
         self.rows: list[dict[str, Any]] = []
         self.seen: list[Seen] = []
         if resumed_at:
-            self.rows = _rows_until(out_dir / "metrics.csv", resumed_at)
+            rows = _rows_until(out_dir / "metrics.csv", resumed_at)
+            self.rows = [row for row in rows if validated or row["step"] < resumed_at or "val_loss" not in row]
             whole = (row for row in _rows_until(out_dir / "blocks.csv", resumed_at) if len(row) == len(BLOCK_COLUMNS))
             self.seen = [_as_seen(row) for row in whole]
         self.active = rank == 0
@@ -121,6 +125,12 @@ class Monitor:
             for name in BLOCK_COLUMNS[2:]:
                 self.events.add_scalar(f"{name}/{where}", getattr(one, name), one.step)
 
+    def flush(self) -> None:
+        """What was written so far is on the disk: a point to go on from is worth no more than the rows before it."""
+        for table in (self.metrics_csv, self.blocks_csv):
+            if table is not None:
+                os.fsync(table.file.fileno())
+
     def say(self, text: str) -> None:
         """A line to the person, above the bar if there is one. On rank 0 only."""
         if not self.active:
@@ -170,7 +180,8 @@ def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     """The rows of an earlier part of this run, numbers as numbers."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as lines:
+    whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a kill may have cut the last one short
+    with io.StringIO(whole_lines) as lines:
         rows = [{name: _number(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
     whole = ("step", "epoch", "tokens")
     rows = [{name: int(value) if name in whole else value for name, value in row.items()} for row in rows]

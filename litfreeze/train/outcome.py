@@ -42,5 +42,6 @@ class Outcome:
     best_loss: float = float("inf")
     best_step: int = 0
     best_kept: int = 0  # the step that `best` was saved at; 0: never
+    validated: int = -1  # the step of the last validation
     worse: int = 0  # validations in a row that did not beat the best one
     stopped: str = ""  # why it ended before its last step

@@ -24,7 +24,7 @@ from litfreeze.freeze.memory import Thrift, describe_memory, estimate_memory
 from litfreeze.freeze.plan import FreezePlan, Part
 from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
 from litfreeze.freeze.thaw import Stage
-from litfreeze.outputs import FINAL, RESULTS
+from litfreeze.outputs import FINAL, RECIPE, RESULTS
 from litfreeze.sizes import megabytes
 from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.job import Job
@@ -157,7 +157,7 @@ class Report:
         if monitor.seen:
             draw_blocks(out_dir / "blocks.png", monitor.seen, self.job.plan.n_layer)
         fence = "```"
-        write_text(out_dir / "recipe.yaml", self.job.recipe)
+        write_text(out_dir / RECIPE, self.job.recipe)
         write_text(out_dir / RESULTS, json.dumps(self._figures(outcome), indent=2) + "\n")
         write_text(
             out_dir / "report.md",
@@ -227,7 +227,7 @@ class Report:
     def _beside(monitor: Monitor, outcome: Outcome) -> list[str]:
         confusion = outcome.after is not None and outcome.after.confusion is not None
         pictures = ["loss.png", *(["confusion.png"] if confusion else []), *(["blocks.png"] if monitor.seen else [])]
-        return [*pictures, "metrics.csv", "recipe.yaml"]
+        return [*pictures, "metrics.csv", RECIPE]
 
     def _results(self, outcome: Outcome, proof: Proof, monitor: Monitor) -> list[str]:
         lines = []

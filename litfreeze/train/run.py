@@ -5,9 +5,9 @@ Every method comes through here; it brings its plan: what trains."""
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from lightning_fabric import Fabric
@@ -15,22 +15,24 @@ from lightning_fabric import Fabric
 from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
 from litfreeze.checkpoint.expand import check_new_blocks
 from litfreeze.checkpoint.merge import FoldedTensors, write_merged
-from litfreeze.checkpoint.resume import restore
-from litfreeze.checkpoint.trained import Proof
+from litfreeze.checkpoint.resume import restore, take_state, weights_of
 from litfreeze.data.args import DataArgs
 from litfreeze.data.classes import load_classified
 from litfreeze.data.prompt import Prompt
 from litfreeze.data.samples import MAX_SEQ_LENGTH, Samples, load_samples
-from litfreeze.errors import RunError, UsageError
+from litfreeze.errors import Interrupted, RunError, UsageError
 from litfreeze.freeze.quantize import check_quantize, quantize_frozen
 from litfreeze.freeze.thaw import Stage, stages
 from litfreeze.generate.classes import likeliest, probabilities
 from litfreeze.generate.sample import generate_tokens
+from litfreeze.launch import on_first
 from litfreeze.model import GPT
-from litfreeze.outputs import BEST, FINAL, MERGED_BASE, claim, used
+from litfreeze.outputs import BEST, FINAL, MERGED_BASE, began_as, claim, sole_user, used
 from litfreeze.prefix.prefix import only_below
 from litfreeze.tokenizer import Tokenizer
+from litfreeze.train.background import Background, has_room_for
 from litfreeze.train.fused import check_fused_backward
+from litfreeze.train.interrupt import Interrupts
 from litfreeze.train.job import Job, Result
 from litfreeze.train.keep import Keeper
 from litfreeze.train.loop import Schedule, fit
@@ -43,9 +45,23 @@ from litfreeze.train.stage import make_ready
 from litfreeze.train.watch import Watch
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a run learns from and when, known before anything is written."""
+
+    tokenizer: Tokenizer
+    samples: Samples
+    schedule: Schedule
+    stages: Sequence[Stage]
+    style: Optional[str]  # of the prompts; None where there are none
+    prompt: Optional[dict[str, Any]]  # to save with the checkpoints
+
+
 def run(fabric: Fabric, job: Job) -> Result:
-    """The run, on one of `fabric`'s processes. Raises UsageError before training starts, RunError after."""
-    if job.out_dir is not None and used(job.out_dir) and not job.resume:
+    """The run, on one of `fabric`'s processes. Raises UsageError before training starts, RunError after, Interrupted if
+    a signal ended it."""
+    again = job.resume or (job.anew and job.out_dir is not None and began_as(job.out_dir, job.recipe))
+    if job.out_dir is not None and used(job.out_dir) and not again:
         what = "already holds something" if job.out_dir.is_dir() else "is a file"
         raise UsageError(f"--out_dir {job.out_dir} {what}. Choose another, or move it away.")
     check_optimizer(job.plan, job.train.optimizer, fabric.device)
@@ -54,31 +70,58 @@ def run(fabric: Fabric, job: Job) -> Result:
     check_reuse(job.frozen, job.plan, fabric.device)
     check_new_blocks(job.checkpoint, job.plan)
     fabric.seed_everything(job.seed, workers=False, verbose=False)
+    prepared = _prepare(job)
+    if job.frozen.freeze_quantize:
+        check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device, prepared.stages[0].untouched)
+    if fabric.broadcast(sorted(job.plan.trained)) != sorted(job.plan.trained):  # each may have ranked the blocks
+        raise RunError("The processes came to different layers. Take the ids that litfreeze rank tells.")
+    out_dir = on_first(fabric, claim, job.out_dir, job.method)
+    with ExitStack() as to_close:
+        killed = on_first(fabric, lambda: to_close.enter_context(sole_user(out_dir)))
+        job = replace(job, checkpoint=_with_base_on_disk(fabric, job.checkpoint, out_dir))
+        keeper = Keeper(job, out_dir, prepared.samples, prepared.schedule, prepared.stages, prepared.prompt)
+        return _train(fabric, job, prepared, keeper, killed)
+
+
+def _prepare(job: Job) -> Prepared:
     tokenizer = job.checkpoint.tokenizer()
     prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
     samples = _load_samples(job, tokenizer, prompt)
-    labels = job.checkpoint.config.labels
     # Plain text has no prompt, and what a classifier reads is the text alone
-    prompted = not labels and any(len(sample.prompt_tokens) for sample in samples.train)
-    saved_prompt = prompt.to_dict() if prompted else job.checkpoint.prompt
+    prompted = not job.checkpoint.config.labels and any(len(sample.prompt_tokens) for sample in samples.train)
     schedule = Schedule.plan(len(samples.train), job.train, job.eval)
     planned = stages(job.plan, job.thawing, schedule.max_steps, schedule.steps_per_epoch, schedule.warmup)
-    if job.frozen.freeze_quantize:
-        check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device, planned[0].untouched)
-    if fabric.broadcast(sorted(job.plan.trained)) != sorted(job.plan.trained):  # each may have ranked the blocks
-        raise RunError("The processes came to different layers. Take the ids that litfreeze rank tells.")
-    out_dir = fabric.broadcast(claim(job.out_dir, job.method) if fabric.is_global_zero else None)
-    job = replace(job, checkpoint=_with_base_on_disk(fabric, job.checkpoint, out_dir))
-    keeper = Keeper(job, out_dir, samples, schedule, planned, saved_prompt)
-    outcome, kept = keeper.point() if job.resume else (Outcome(), {})
+    saved = prompt.to_dict() if prompted else job.checkpoint.prompt
+    return Prepared(tokenizer, samples, schedule, planned, prompt.style if prompted else None, saved)
 
+
+def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed: Optional[str]) -> Result:
+    """From the loaded model to the report. `killed` is the run that had been here and did not end in order."""
+    tokenizer, samples, schedule, planned = prepared.tokenizer, prepared.samples, prepared.schedule, prepared.stages
+    out_dir, labels = keeper.out_dir, job.checkpoint.config.labels
+    outcome, point = keeper.point() if job.resume else (Outcome(), None)
+    kept = {} if point is None else point.facts
+    on_first(fabric, keeper.begin, outcome.step)
+    on_first(fabric, keeper.check_room)
     i = next(i for i, stage in enumerate(planned) if outcome.step <= stage.stop)  # of the last step that was made
     report = Report(job, samples, schedule, fabric.device, planned)
-    monitor = Monitor(out_dir, schedule.max_steps, job.train.log_interval, fabric.global_rank, outcome.step)
-    monitor.say(report.opening(prompt.style if prompted else None))
+    monitor = Monitor(
+        out_dir,
+        schedule.max_steps,
+        job.train.log_interval,
+        fabric.global_rank,
+        outcome.step,
+        validated=outcome.validated == outcome.step,
+    )
+    monitor.say(report.opening(prepared.style))
+
+    def leave(kind: Optional[type[BaseException]], *_: object) -> None:
+        if kind is not None and issubclass(kind, (KeyboardInterrupt, Interrupted, RunError)):
+            monitor.say(keeper.stopped())
+
     with ExitStack() as to_close:
         to_close.callback(monitor.close)
-        to_close.push(lambda kind, *_: monitor.say(keeper.stopped()) if kind is KeyboardInterrupt else None)
+        to_close.push(leave)
         gpt = _load(fabric, job, planned, i, monitor)
         ready = make_ready(fabric, job, gpt, samples, schedule, planned, i, cached=kept.get("cached"))
         to_close.callback(lambda: ready.prefix and ready.prefix.store.close())
@@ -87,29 +130,50 @@ def run(fabric: Fabric, job: Job) -> Result:
         seen = samples.val or samples.train
         exchange = Exchange.classified(tokenizer, seen[0], labels) if labels else Exchange.first(tokenizer, seen)
         answer_length = job.eval.max_new_tokens
-        if job.resume:
-            restore(out_dir, gpt, ready.stage.so_far.trained, ready.plain)
+        if point is not None:
+            restore(point.path, gpt, ready.stage.so_far.trained, ready.plain)
             exchange.before = kept["answer_before"]
             if scaler is not None:
                 scaler.load_state_dict(kept["scaler"])
+            if killed:
+                monitor.say(f"Note      The run before this one, {killed}, was killed.")
+            for told in point.passed_over:
+                monitor.say(f"Passed    {told}")
             monitor.say(f"Resumed after step {outcome.step} of {schedule.max_steps}.")
         elif not job.frozen.stream_frozen:
             with ready.prefix.at_hand() if ready.prefix else nullcontext():
                 exchange.before = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
 
-        def save(name: str, outcome: Outcome) -> Optional[Proof]:
-            proof, so_far = None, ready.stage.so_far
-            if fabric.is_global_zero and name in (BEST, FINAL):
-                proof = keeper.checkpoint(name, gpt, so_far, outcome)
-            elif fabric.is_global_zero:
-                more = {
-                    "answer_before": exchange.before,
-                    "scaler": scaler and scaler.state_dict(),
-                    "cached": ready.prefix is not None,
-                }
-                keeper.interval(name, gpt, so_far, ready.plain, outcome, more)
-            return fabric.broadcast(proof)
+        writing = Background()
 
+        def settle() -> None:
+            """That a checkpoint on the way could not be kept, as on a full disk, is told and no reason to stop."""
+            if (failed := writing.settle()) is not None:
+                name, trouble = failed
+                outcome.best_kept = 0 if name == BEST else outcome.best_kept
+                monitor.say(f"Not kept  {name}: {trouble}")
+
+        def save(name: str, outcome: Outcome) -> None:
+            settle()
+            monitor.flush()
+            plain = None if name == BEST else ready.plain
+            more = {
+                "answer_before": exchange.before,
+                "scaler": scaler and scaler.state_dict(),
+                "cached": ready.prefix is not None,
+            }
+            so_far, reached = ready.stage.so_far, replace(outcome)
+            if fabric.is_global_zero:
+                beside = job.train.save_in_background and has_room_for(keeper.size_of(name))
+                state = take_state(gpt, so_far.trained, plain, snapshot=beside)
+                if name == BEST:
+                    writing.start(name, keeper.checkpoint, name, weights_of(state), so_far, reached)
+                else:
+                    writing.start(name, keeper.interval, name, state, so_far, reached, more)
+                if not beside:
+                    settle()
+
+        to_close.push(lambda kind, *_: settle() if kind is not KeyboardInterrupt else None)
         watch = None
         if fabric.is_global_zero and job.train.watch_interval:
             watch = Watch(
@@ -119,6 +183,7 @@ def run(fabric: Fabric, job: Job) -> Result:
                 job.train.watch_interval,
                 schedule.max_steps,
             )
+        interrupts = to_close.enter_context(Interrupts(speaks=fabric.is_global_zero))
         while True:
             if watch is not None:
                 watch.begin(ready.stage.plan, ready.stage.start + 1)
@@ -126,7 +191,7 @@ def run(fabric: Fabric, job: Job) -> Result:
                 ready.prefix.fill_all(fabric.global_rank, fabric.world_size, fabric.barrier)
             outcome = fit(
                 fabric, ready.model, ready.optimizer, *ready.feeds, schedule, job.train, job.eval, monitor, save,
-                job.seed, outcome, ready.fused, ready.stage.stop, watch,
+                job.seed, outcome, ready.fused, ready.stage.stop, watch, interrupts=interrupts,
             )  # fmt: skip
             if outcome.step == schedule.max_steps or outcome.stopped:
                 break
@@ -143,12 +208,16 @@ def run(fabric: Fabric, job: Job) -> Result:
                 exchange.after = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
         if prefix is not None:
             prefix.release()
-        proof = save(FINAL, outcome)
-        if fabric.is_global_zero:
-            keeper.done(outcome)
+        settle()
+        weights = dict(gpt.named_parameters())
+        try:
+            proof = on_first(fabric, keeper.checkpoint, FINAL, weights, ready.stage.so_far, outcome)
+        except OSError as error:
+            raise RunError(f"The final checkpoint could not be written: {error}.") from None
     if fabric.is_global_zero:
         report.write(out_dir, outcome, proof, exchange, monitor)
         monitor.say(report.closing(out_dir, outcome, proof, exchange, monitor))
+    on_first(fabric, keeper.done, outcome)  # last, so that a run killed before this goes on, and comes here again
     if proof.frozen_that_changed:
         raise RunError(f"Frozen tensors changed, which is a fault of litfreeze's own; see {out_dir / 'report.md'}.")
     return Result(out_dir, out_dir / FINAL, outcome, proof)

@@ -175,7 +175,9 @@ def train_by_hand(checkpoint, out_dir: Path, whole: bool, layers: str = "11", **
         for name, parameter in model.named_parameters():
             if name in plan.trained:
                 parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-    proof = write_trained(out_dir, checkpoint, model, plan, {"kind": "full", "prompt": None}, whole, **save)
+    proof = write_trained(
+        out_dir, checkpoint, dict(model.named_parameters()), plan, {"kind": "full", "prompt": None}, whole, **save
+    )
     assert not proof.frozen_that_changed and not proof.trained_that_did_not
     return proof
 

@@ -28,7 +28,9 @@ def train_by_hand(base_dir: Path, out_dir: Path, whole: bool, layers: str = "10,
         for name, parameter in model.named_parameters():
             if name in plan.trained:
                 parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-    proof = write_trained(out_dir, base, model, plan, {"kind": "full", "prompt": base.prompt}, whole, **save)
+    proof = write_trained(
+        out_dir, base, dict(model.named_parameters()), plan, {"kind": "full", "prompt": base.prompt}, whole, **save
+    )
     return model, proof
 
 
