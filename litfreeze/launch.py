@@ -6,23 +6,36 @@ from typing import Any, Optional, Union
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import ModelParallelStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from litfreeze.errors import Interrupted, LitfreezeError, UsageError
+from litfreeze.errors import Interrupted, LitfreezeError, UsageError, did_you_mean
 from litfreeze.precision import PRECISIONS, Precision, default_precision
+
+STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 def build_fabric(
-    accelerator: str, devices: Union[int, str], num_nodes: int, precision: Optional[str]
+    accelerator: str, devices: Union[int, str], num_nodes: int, precision: Optional[str], strategy: str = "auto"
 ) -> tuple[Fabric, Precision]:
     """A Fabric for this machine and the precision it runs in: 32-true on a CPU, bf16-mixed on a GPU that has it.
 
-    Raises UsageError for a device that is not there or a precision that the device does not have."""
+    Of several processes each holds the whole model (ddp, which is what auto comes to) or, of what trains, a part
+    (fsdp). Raises UsageError for a device that is not there or a precision that the device does not have."""
+    if strategy not in STRATEGIES:
+        hint = did_you_mean(strategy, STRATEGIES)
+        raise UsageError(f"--strategy {strategy!r} is unknown.{hint} Choose from {', '.join(STRATEGIES)}.")
     name = precision or default_precision(accelerator)
     if name not in PRECISIONS:
         raise UsageError(f"--precision {name!r} is unknown. Choose from {', '.join(PRECISIONS)}.")
     try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=name)
+        where = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "precision": name}
+        fabric = Fabric(**where)
+        if fabric.world_size > 1 and strategy == "ddp":
+            fabric = Fabric(**where, strategy="ddp")
+        if fabric.world_size > 1 and strategy == "fsdp":
+            # The model is sharded where it is made, in train/shard.py
+            fabric = Fabric(**where, strategy=ModelParallelStrategy(lambda module, _: module, fabric.world_size, 1))
     except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--accelerator {accelerator} --devices {devices} cannot be used here: {reason}") from None

@@ -23,6 +23,7 @@ from litfreeze.checkpoint.tensors import (
 from litfreeze.config import read_json
 from litfreeze.errors import UsageError
 from litfreeze.outputs import FINAL, RESUME, kept_steps, step_name
+from litfreeze.shards import put, spread, whole
 
 STATE, FACTS = "state", "resume.json"
 WEIGHT = "weight"  # beside the optimizers' own words: exp_avg, exp_avg_sq, step; momentum_buffer; state1, absmax1, ...
@@ -39,16 +40,25 @@ class Point:
 
 
 def take_state(
-    model: nn.Module, names: Collection[str], optimizer: Optional[torch.optim.Optimizer], snapshot: bool
+    model: nn.Module,
+    names: Collection[str],
+    optimizer: Optional[torch.optim.Optimizer],
+    snapshot: bool,
+    keep: bool = True,
 ) -> dict[str, Tensor]:
     """The parameters `names` of `model`, all that has trained, as `weight.NAME`, and as `exp_avg.NAME` and the like the
-    state of those that `optimizer` holds; as a `snapshot`, copies on the CPU, else the tensors themselves."""
-    state = {}
+    state of those that `optimizer` holds; as a `snapshot`, copies on the CPU, else the tensors themselves.
+
+    What is spread over processes is put together, for which all of them call this; one that is not to `keep` it has
+    nothing of it in the end."""
+    found = {}
     for name, weight in _named(model, names).items():
-        state[f"{WEIGHT}.{name}"] = weight.detach()
-        for kind, value in optimizer.state.get(weight, {}).items() if optimizer is not None else ():
-            state[f"{kind}.{name}"] = torch.as_tensor(value)  # bitsandbytes counts steps by a plain number
-    return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()} if snapshot else state
+        state = {WEIGHT: weight.detach()} | (optimizer.state.get(weight, {}) if optimizer is not None else {})
+        for kind, value in state.items():
+            tensor = whole(torch.as_tensor(value))  # bitsandbytes counts steps by a plain number
+            if keep:
+                found[f"{kind}.{name}"] = tensor.to("cpu", copy=True) if snapshot else tensor
+    return found
 
 
 def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -120,7 +130,7 @@ def restore(point: Path, model: nn.Module, names: Collection[str], optimizer: to
     for name, weight in weights.items():
         if WEIGHT not in kinds[name] or tuple(weight.shape) != file.layout[f"{WEIGHT}.{name}"][1]:
             raise UsageError(f"{file.path}: {name} is missing or has another shape.")
-        weight.copy_(file.read(f"{WEIGHT}.{name}"))
+        put(weight, file.read(f"{WEIGHT}.{name}"))
         state = {}
         for kind in kinds[name]:
             if kind != WEIGHT:
@@ -129,6 +139,8 @@ def restore(point: Path, model: nn.Module, names: Collection[str], optimizer: to
                     state[kind] = tensor.item()
                 elif tensor.ndim == 0 and not _on_device(optimizer):
                     state[kind] = tensor
+                elif tensor.shape == weight.shape:
+                    state[kind] = spread(tensor.to(weight.device), weight)
                 else:
                     state[kind] = tensor.to(weight.device)
         if state:

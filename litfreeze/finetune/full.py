@@ -38,6 +38,7 @@ def setup(
     accelerator: str = "auto",
     devices: Union[int, str] = "auto",
     num_nodes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     seed: int = 1337,
 ):
     """Fine-tune a model's own weights: the layers you name, or all of them.
@@ -73,6 +74,7 @@ def setup(
         accelerator: cpu, cuda, mps or auto.
         devices: How many, or which ones (0,2).
         num_nodes: Machines in the run.
+        strategy: Of several processes each holds all that trains (ddp, which auto comes to), or its part (fsdp).
         seed: Fixes the order of the records and every other draw.
     """
     given = dict(locals())

@@ -29,7 +29,7 @@ from litfreeze.train.job import Job, Result
 from litfreeze.train.run import run
 
 _ELSEWISE = "--{} {} stands beside --resume, but the run was made with {}. Leave it out, or start a new run."
-DEVICES = ("accelerator", "devices", "num_nodes")  # what a resumed run may be told anew
+DEVICES = ("accelerator", "devices", "num_nodes", "strategy")  # what a resumed run may be told anew
 
 
 def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any]) -> SimpleNamespace:
@@ -92,6 +92,11 @@ def open_base(
     return checkpoint.untied() if untie_embeddings else checkpoint
 
 
+def places_of(options: SimpleNamespace) -> tuple[Any, ...]:
+    """What says on which devices, and how, a run is made: the arguments of `build_fabric`."""
+    return options.accelerator, options.devices, options.num_nodes, options.precision, options.strategy
+
+
 def but(options: SimpleNamespace, **changed: Any) -> SimpleNamespace:
     """`options` with some of them `changed`."""
     return SimpleNamespace(**{**vars(options), **changed})
@@ -107,7 +112,7 @@ def ranked_layers(options: SimpleNamespace, checkpoint: Checkpoint) -> tuple[Sim
         return options, []
     others = {name: getattr(options, name, None) for name in ("freeze_trainable_layers", "freeze_trainable_layers_ids")}
     one_of(trainable_layers=options.trainable_layers, unfreeze=options.thaw.unfreeze, **others)
-    device = build_fabric(options.accelerator, options.devices, options.num_nodes, options.precision)[0].device
+    device = build_fabric(*places_of(options))[0].device
     data, size, seed = with_demo_data(options.data), options.train.micro_batch_size, options.seed
 
     def ranked(method: str) -> Ranking:
@@ -130,7 +135,7 @@ def start(
 ) -> Result:
     """Makes a `Job` of the options that every script has and of `more`, and runs it on the devices they ask for."""
     data, train = with_demo_defaults(options.checkpoint_dir, options.data, options.train, lr, epochs=3)
-    fabric, precision = build_fabric(options.accelerator, options.devices, options.num_nodes, options.precision)
+    fabric, precision = build_fabric(*places_of(options))
     job = Job(
         method=method,
         checkpoint=checkpoint,

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from litfreeze.errors import RunError
 
+LEAVING = 2.0  # seconds that one who leaves at once waits for a save that is under way
 ROOM = 2  # times a snapshot's size must be free in memory to take one
 
 
@@ -34,11 +35,14 @@ class Background:
         self.thread = threading.Thread(target=work, name="litfreeze-save", daemon=True)
         self.thread.start()
 
-    def settle(self) -> Optional[tuple[str, BaseException]]:
-        """Waits for what was begun. What it was called and why it failed, if the disk or its lack of room was why."""
+    def settle(self, patience: Optional[float] = None) -> Optional[tuple[str, BaseException]]:
+        """Waits for what was begun, with `patience` for so many seconds. What it was called and why it failed, if the
+        disk or its lack of room was why."""
         if self.thread is None:
             return None
-        self.thread.join()
+        self.thread.join(patience)
+        if self.thread.is_alive():
+            return None
         self.thread = None
         if self.trouble is not None and not isinstance(self.trouble, (RunError, OSError)):
             raise self.trouble

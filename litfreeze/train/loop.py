@@ -15,6 +15,7 @@ from litfreeze.data.batches import epoch_order, step_indices, steps_per_epoch, v
 from litfreeze.data.samples import IGNORE
 from litfreeze.errors import Interrupted, RunError
 from litfreeze.outputs import BEST, step_name
+from litfreeze.shards import whole
 from litfreeze.train.args import EvalArgs, TrainArgs, seconds
 from litfreeze.train.feed import Feed
 from litfreeze.train.fused import FusedBackward
@@ -223,6 +224,7 @@ def _step(
         norm = torch.nn.utils.get_total_norm(gradients)
     else:
         norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or float("inf"), error_if_nonfinite=False)
+    norm = whole(norm)
     if not math.isfinite(norm) and not scaled:
         told = f"the gradient became {float(norm)} in the records {_places(fabric, micro_batches, records)}."
         raise NotFinite(told, loss)

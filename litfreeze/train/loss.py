@@ -1,6 +1,7 @@
 """The next-token loss, without work or logits that nobody needs."""
 
-from typing import NamedTuple, Optional
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,11 @@ class NextToken(nn.Module):
         super().__init__()
         self.gpt = gpt
         self.recompute = recompute
+
+    def lend(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`function(gpt, *arguments)`, with all weights at hand as in a forward pass: what is spread over processes is
+        not there outside of one."""
+        return function(self.gpt, *arguments)
 
     def forward(self, batch: Batch, below: Optional[Tensor] = None, start: int = 0) -> Scored:
         """The cross-entropy of `batch` in fp32, summed. `below` is the residual stream (N, C) or (B, T, C) under block

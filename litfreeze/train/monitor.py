@@ -118,6 +118,8 @@ class Monitor:
 
     def watched(self, seen: list[Seen]) -> None:
         """What was seen of the parts of the model in one step."""
+        if not self.active:
+            return
         self.seen += seen
         self.blocks_csv.write(map(asdict, seen))
         for one in seen if self.events is not None else ():

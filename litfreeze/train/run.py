@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import ModelParallelStrategy
 
 from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
 from litfreeze.checkpoint.expand import check_new_blocks
@@ -29,8 +30,9 @@ from litfreeze.launch import on_first
 from litfreeze.model import GPT
 from litfreeze.outputs import BEST, FINAL, MERGED_BASE, began_as, claim, sole_user, used
 from litfreeze.prefix.prefix import only_below
+from litfreeze.shards import whole
 from litfreeze.tokenizer import Tokenizer
-from litfreeze.train.background import Background, has_room_for
+from litfreeze.train.background import LEAVING, Background, has_room_for
 from litfreeze.train.fused import check_fused_backward
 from litfreeze.train.interrupt import Interrupts
 from litfreeze.train.job import Job, Result
@@ -41,6 +43,7 @@ from litfreeze.train.optim import check_optimizer
 from litfreeze.train.outcome import Outcome
 from litfreeze.train.report import Exchange, Report
 from litfreeze.train.reuse import check_reuse
+from litfreeze.train.shard import check_sharding, is_sharded
 from litfreeze.train.stage import make_ready
 from litfreeze.train.watch import Watch
 
@@ -71,6 +74,8 @@ def run(fabric: Fabric, job: Job) -> Result:
     check_new_blocks(job.checkpoint, job.plan)
     fabric.seed_everything(job.seed, workers=False, verbose=False)
     prepared = _prepare(job)
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        check_sharding(job)
     if job.frozen.freeze_quantize:
         check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device, prepared.stages[0].untouched)
     if fabric.broadcast(sorted(job.plan.trained)) != sorted(job.plan.trained):  # each may have ranked the blocks
@@ -131,7 +136,7 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
         exchange = Exchange.classified(tokenizer, seen[0], labels) if labels else Exchange.first(tokenizer, seen)
         answer_length = job.eval.max_new_tokens
         if point is not None:
-            restore(point.path, gpt, ready.stage.so_far.trained, ready.plain)
+            restore(point.path, ready.core.gpt, ready.stage.so_far.trained, ready.plain)
             exchange.before = kept["answer_before"]
             if scaler is not None:
                 scaler.load_state_dict(kept["scaler"])
@@ -142,13 +147,13 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
             monitor.say(f"Resumed after step {outcome.step} of {schedule.max_steps}.")
         elif not job.frozen.stream_frozen:
             with ready.prefix.at_hand() if ready.prefix else nullcontext():
-                exchange.before = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
+                exchange.before = ready.core.lend(_answer, fabric, tokenizer, exchange.prompt_tokens, answer_length)
 
         writing = Background()
 
-        def settle() -> None:
+        def settle(patience: Optional[float] = None) -> None:
             """That a checkpoint on the way could not be kept, as on a full disk, is told and no reason to stop."""
-            if (failed := writing.settle()) is not None:
+            if (failed := writing.settle(patience)) is not None:
                 name, trouble = failed
                 outcome.best_kept = 0 if name == BEST else outcome.best_kept
                 monitor.say(f"Not kept  {name}: {trouble}")
@@ -163,9 +168,10 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
                 "cached": ready.prefix is not None,
             }
             so_far, reached = ready.stage.so_far, replace(outcome)
+            beside = job.train.save_in_background and has_room_for(keeper.size_of(name))
+            if fabric.is_global_zero or is_sharded(ready.core):  # all have a part in it, the first one keeps it
+                state = take_state(ready.core.gpt, so_far.trained, plain, beside, keep=fabric.is_global_zero)
             if fabric.is_global_zero:
-                beside = job.train.save_in_background and has_room_for(keeper.size_of(name))
-                state = take_state(gpt, so_far.trained, plain, snapshot=beside)
                 if name == BEST:
                     writing.start(name, keeper.checkpoint, name, weights_of(state), so_far, reached)
                 else:
@@ -173,11 +179,10 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
                 if not beside:
                     settle()
 
-        to_close.push(lambda kind, *_: settle() if kind is not KeyboardInterrupt else None)
+        to_close.push(lambda kind, *_: settle(LEAVING if kind is KeyboardInterrupt else None))
         watch = None
-        if fabric.is_global_zero and job.train.watch_interval:
+        if job.train.watch_interval:
             watch = Watch(
-                gpt,
                 job.checkpoint,
                 lambda name: job.precision.kept(True, job.checkpoint.dtype(name)),
                 job.train.watch_interval,
@@ -186,7 +191,7 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
         interrupts = to_close.enter_context(Interrupts(speaks=fabric.is_global_zero))
         while True:
             if watch is not None:
-                watch.begin(ready.stage.plan, ready.stage.start + 1)
+                watch.begin(ready.core.gpt, ready.stage.plan, ready.stage.start + 1)
             if job.frozen.stream_frozen and outcome.step < ready.stage.stop:
                 ready.prefix.fill_all(fabric.global_rank, fabric.world_size, fabric.barrier)
             outcome = fit(
@@ -196,7 +201,7 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
             if outcome.step == schedule.max_steps or outcome.stopped:
                 break
             i += 1
-            ready = make_ready(fabric, job, gpt, samples, schedule, planned, i, ready)
+            ready = make_ready(fabric, job, ready.core.gpt, samples, schedule, planned, i, ready)
             monitor.say(report.next_stage(ready.stage, planned[i - 1], ready.reuse.told))
         prefix = ready.prefix
         if prefix is not None and prefix.store.full:
@@ -205,11 +210,15 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
         ready.plain.zero_grad()
         if not job.frozen.stream_frozen:
             with prefix.at_hand() if prefix else nullcontext():
-                exchange.after = _answer(fabric, gpt, tokenizer, exchange.prompt_tokens, answer_length)
+                exchange.after = ready.core.lend(_answer, fabric, tokenizer, exchange.prompt_tokens, answer_length)
         if prefix is not None:
             prefix.release()
         settle()
-        weights = dict(gpt.named_parameters())
+        weights = {}
+        for name, parameter in ready.core.gpt.named_parameters():
+            gathered = whole(parameter)
+            if fabric.is_global_zero:
+                weights[name] = gathered
         try:
             proof = on_first(fabric, keeper.checkpoint, FINAL, weights, ready.stage.so_far, outcome)
         except OSError as error:
@@ -226,9 +235,17 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
 def _load(fabric: Fabric, job: Job, planned: Sequence[Stage], i: int, monitor: Monitor) -> GPT:
     """The model, each weight in the dtype it is kept in during stage `i`; what may thaw later is still frozen."""
     checkpoint, plan, stage = job.checkpoint, job.plan, planned[i]
+    sharded = isinstance(fabric.strategy, ModelParallelStrategy)
+
+    def kept(name: str) -> torch.dtype:
+        trains = name in stage.so_far.trained
+        if sharded and name in stage.plan.trained:
+            return checkpoint.dtype(name)  # it stays in its file until it is sharded
+        return job.precision.kept(trains, checkpoint.dtype(name))
+
     gpt = load_model(
         checkpoint,
-        lambda name: job.precision.kept(name in stage.so_far.trained, checkpoint.dtype(name)),
+        kept,
         job.precision.stream,
         only_below(plan.config, plan.sizes, stage.untouched) if job.frozen.stream_frozen else (),
     )
@@ -283,7 +300,7 @@ def _with_base_on_disk(fabric: Fabric, checkpoint: Checkpoint, out_dir: Path) ->
 
 
 @torch.no_grad()
-def _answer(fabric: Fabric, gpt: GPT, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int) -> str:
+def _answer(gpt: GPT, fabric: Fabric, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int) -> str:
     """What the model says greedily or, of a classifier, the class it tells; every process enters, since every process
     holds a part of the model."""
     gpt.eval()

@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import ModelParallelStrategy
 from torch import nn
 
 from litfreeze.data.samples import Samples
@@ -21,14 +22,16 @@ from litfreeze.train.loop import Schedule
 from litfreeze.train.loss import NextToken
 from litfreeze.train.optim import build_optimizer
 from litfreeze.train.reuse import Reuse, choose_reuse
+from litfreeze.train.shard import carry_over, over, shard
 
 
 @dataclass
 class Ready:
-    """One stage, made ready: `model` and `optimizer` are Fabric's, `plain` is the optimizer under its wrapping."""
+    """One stage, made ready: `model` and `optimizer` are Fabric's, `core` and `plain` what is under their wrapping."""
 
     stage: Stage
     reuse: Reuse
+    core: NextToken
     model: nn.Module
     plain: torch.optim.Optimizer
     optimizer: Any
@@ -54,7 +57,12 @@ def make_ready(
     """Makes stage `i` ready, after the stage before it or, if there was none (`last`), as the first one of this
     process. `cached` says of a run that goes on whether it had kept its frozen prefix."""
     stage = stages[i]
-    if last is not None and last.stage.untouched == stage.untouched:
+    sharded = isinstance(fabric.strategy, ModelParallelStrategy)
+    if sharded and last is not None:
+        if last.prefix is not None:
+            last.prefix.restore()
+        gpt = over(gpt, job, last.stage.plan.trained, stage.plan.trained)
+    if last is not None and last.stage.untouched == stage.untouched and not sharded:
         reuse = last.reuse
     else:
         alike = [s for s in stages if s.untouched == stage.untouched]
@@ -79,16 +87,24 @@ def _over(
     reuse: Reuse, fabric: Fabric, job: Job, gpt: GPT, samples: Samples, stage: Stage, last: Optional[Ready]
 ) -> Ready:
     """What the loop needs above what is reused."""
+    sharded = isinstance(fabric.strategy, ModelParallelStrategy)
     if last is not None:
-        _thaw(job, gpt, stage, last.stage)
+        if not sharded:
+            _thaw(job, gpt, stage, last.stage)
         if last.fused is not None:
             last.fused.close()
         if reuse.prefix is not None and fabric.world_size > 1:
             reuse.prefix.release()  # on all processes or none: wrapping the model compares its weights between them
     stage.plan.apply(gpt)
-    model = fabric.setup_module(NextToken(gpt, job.train.activation_checkpointing))
+    core = NextToken(gpt, job.train.activation_checkpointing)
+    if sharded:
+        mesh = fabric.strategy.device_mesh["data_parallel"]
+        shard(core, mesh, fabric.device, lambda name: job.precision.kept(True, job.checkpoint.dtype(name)))
+    model = fabric.setup_module(core)
     scaled = job.precision.name == "16-mixed"
     plain = build_optimizer(gpt, stage.plan, job.train, scaled, stage.rises, last and last.plain)
+    if sharded and last is not None:
+        carry_over(last.core.gpt, last.plain, last.stage.so_far.trained, gpt, plain)
     optimizer = fabric.setup_optimizers(plain)
     fused = FusedBackward(plain) if job.frozen.fused_backward else None
     # Under dropout records that share their beginning would share what is dropped of it
@@ -97,7 +113,7 @@ def _over(
         Feed(fabric, samples.train, job.data, share, reuse.prefix),
         Feed(fabric, samples.val, job.data, True, reuse.prefix),
     )
-    return Ready(stage, reuse, model, plain, optimizer, fused, feeds)
+    return Ready(stage, reuse, core, model, plain, optimizer, fused, feeds)
 
 
 def _thaw(job: Job, gpt: GPT, stage: Stage, last: Stage) -> None:

@@ -14,6 +14,7 @@ from litfreeze.errors import RunError
 from litfreeze.freeze.plan import FreezePlan, Part, part_of
 from litfreeze.lora import MAGNITUDE, A, B, folded, is_lora
 from litfreeze.model import GPT
+from litfreeze.shards import whole
 
 ROWS = 16  # of a matrix, drawn once, stand for all of it: a look costs a thousandth of what the step does
 
@@ -45,10 +46,9 @@ class Watch:
     them, so that the memory and the time it takes do not matter; where it began is read from `checkpoint`, in the
     dtypes that `kept(name)` tells."""
 
-    def __init__(
-        self, gpt: GPT, checkpoint: Checkpoint, kept: Callable[[str], torch.dtype], interval: int, last: int
-    ) -> None:
-        self.gpt, self.checkpoint, self.kept = gpt, checkpoint, kept
+    def __init__(self, checkpoint: Checkpoint, kept: Callable[[str], torch.dtype], interval: int, last: int) -> None:
+        self.gpt: Optional[GPT] = None
+        self.checkpoint, self.kept = checkpoint, kept
         self.interval, self.last_step = interval, last
         # What trains now, and the first step that it does, if some of it is new
         self.plan: Optional[FreezePlan] = None
@@ -65,10 +65,10 @@ class Watch:
         self.was: dict[str, Tensor] = {}
         self.squares: dict[Part, float] = {}
 
-    def begin(self, plan: FreezePlan, first: int) -> None:
-        """From step `first` (from 1) on `plan` says what trains. If some of it had not trained before, `first` is
-        looked at."""
-        before, self.plan = set(self.start), plan
+    def begin(self, gpt: GPT, plan: FreezePlan, first: int) -> None:
+        """From step `first` (from 1) on `plan` says what trains in `gpt`. If some of it had not trained before, `first`
+        is looked at."""
+        before, self.gpt, self.plan = set(self.start), gpt, plan
         self.parameters = {name: p for name, p in self.gpt.named_parameters() if name in plan.trained}
         weights = (f"{name.rpartition('.')[0]}.weight" if is_lora(name) else name for name in self.parameters)
         self.weights = list(dict.fromkeys(weights))
@@ -96,10 +96,11 @@ class Watch:
         """Those that the parameters have or, where they are gone already, their `norms`; `times` undoes clipping."""
         names = [name for name, p in self.parameters.items() if (p.grad is not None if norms is None else p in norms)]
         if norms is None:
-            found = torch._foreach_norm([self.parameters[name].grad for name in names])
+            found = map(whole, torch._foreach_norm([self.parameters[name].grad for name in names]))
         else:
             found = [norms[self.parameters[name]] for name in names]
-        squares = (torch.stack([norm.float() for norm in found]) * times).square() if found else torch.zeros(0)
+        norms_of_all = [norm.float() for norm in found]
+        squares = (torch.stack(norms_of_all) * times).square() if names else torch.zeros(0)
         self.squares = defaultdict(float)
         for name, square in zip(names, squares.tolist(), strict=True):
             self.squares[part_of(name)] += square
@@ -152,7 +153,7 @@ class Watch:
         module, rows, lora = name.rpartition(".")[0], self.rows[name], self.plan.lora
         if name not in self.beneath:
             return _taken(read(name), rows)
-        a, b = read(f"{module}.{A}").detach(), _taken(read(f"{module}.{B}"), rows)
+        a, b = _taken(read(f"{module}.{A}"), None), _taken(read(f"{module}.{B}"), rows)
         magnitude = _taken(read(f"{module}.{MAGNITUDE}"), rows) if lora.dora else None
         return folded(self.beneath[name].to(a.device), a, b, lora.scale(module), magnitude)
 
@@ -165,5 +166,5 @@ def _some_rows(weight: Tensor) -> Optional[Tensor]:
 
 
 def _taken(weight: Tensor, rows: Optional[Tensor]) -> Tensor:
-    weight = weight.detach()
+    weight = whole(weight.detach())
     return (weight.clone() if rows is None else weight[rows.to(weight.device)]).float()

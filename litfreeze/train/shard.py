@@ -1,0 +1,88 @@
+"""`--strategy fsdp`: what trains is spread over the processes; a block is whole on each of them while it is at work."""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from litfreeze.checkpoint.directory import load_model
+from litfreeze.errors import UsageError
+from litfreeze.model import GPT
+from litfreeze.shards import put, spread, whole
+from litfreeze.train.job import Job
+from litfreeze.train.loss import NextToken
+
+
+def shard(model: NextToken, mesh: DeviceMesh, device: torch.device, dtype: Callable[[str], torch.dtype]) -> None:
+    """Spreads the weights that train, block by block and in `dtype(name)`, by rows over the processes of `mesh` (FSDP2:
+    Zhao et al., arXiv 2304.11277, in torch's second form). Frozen ones stay whole on every process and are no part of
+    any exchange; no gradient is made for them and none is sent.
+
+    A block that trains is in memory whole for a moment, beside the parts of all others."""
+    gpt = model.gpt
+    names = {parameter: name for name, parameter in gpt.named_parameters()}
+    frozen = {parameter for parameter in names if not parameter.requires_grad}
+    for parameter in frozen:
+        parameter.data = parameter.data.to(device)
+    for module in (*gpt.blocks, model):
+        own = [p for p in module.parameters() if p.requires_grad and p in names]
+        for parameter in own:
+            parameter.data = parameter.data.to(dtype(names.pop(parameter)))
+        if own or module is model:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
+    register_fsdp_forward_method(model, "lend")
+
+
+def over(gpt: GPT, job: Job, trained: Collection[str], now: Collection[str]) -> GPT:
+    """A model for the stage in which `now` trains, after that of `gpt` in which `trained` did: FSDP2 cannot be taken
+    off again. These are read anew, for `shard` and `carry_over`; all others are the same parameters in both."""
+    changing = {*trained, *now}
+    staying = {name: parameter for name, parameter in gpt.named_parameters() if name not in changing}
+    checkpoint = job.checkpoint
+
+    def kept(name: str) -> torch.dtype:
+        return checkpoint.dtype(name) if name in now else job.precision.kept(True, checkpoint.dtype(name))
+
+    fresh = load_model(checkpoint, kept, job.precision.stream, without=staying)
+    for name, parameter in staying.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(fresh.get_submodule(owner), attribute, parameter)
+    if gpt.config.tie_embeddings:
+        fresh.head.weight = fresh.embed.weight
+    return fresh
+
+
+@torch.no_grad()
+def carry_over(
+    old: GPT, optimizer: torch.optim.Optimizer, names: Collection[str], new: GPT, its: torch.optim.Optimizer
+) -> None:
+    """Puts the weights `names` of `old`, and their state in `optimizer`, into `new` and, where they go on training,
+    into its optimizer; one tensor at a time is whole."""
+    going_on = {parameter for group in its.param_groups for parameter in group["params"]}
+    for name in sorted(names):
+        before, after = old.get_parameter(name), new.get_parameter(name)
+        if before is after:
+            continue
+        put(after, whole(before.detach()))
+        for kind, value in optimizer.state.get(before, {}).items() if after in going_on else ():
+            its.state[after][kind] = spread(whole(value), after) if value.shape == before.shape else value
+
+
+def check_sharding(job: Job) -> None:
+    """Raises UsageError for what does not go with `--strategy fsdp`."""
+    without = {
+        f"--train.optimizer {job.train.optimizer}": job.train.optimizer != "adamw",
+        "--fused_backward": job.frozen.fused_backward,
+        "--freeze_quantize": job.frozen.freeze_quantize is not None,
+        "--stream_frozen": job.frozen.stream_frozen,
+        "--precision 16-mixed": job.precision.name == "16-mixed",
+    }
+    if wrong := [words for words, given in without.items() if given]:
+        raise UsageError(f"--strategy fsdp does not go with {wrong[0]} yet. Say --strategy ddp, or leave that out.")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether some weight of it is spread over processes."""
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
