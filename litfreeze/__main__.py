@@ -59,7 +59,8 @@ def main(argv: Optional[list[str]] = None) -> int:
             return 141
         if debug:
             traceback.print_exc()
-        print(f"error: {_told(error)}", file=sys.stderr)
+        if not getattr(error, "told", False):
+            print(f"error: {_told(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, LitfreezeError) else 1
     return 0
 

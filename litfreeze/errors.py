@@ -11,6 +11,7 @@ class LitfreezeError(Exception):
     """Base of the errors whose text is meant for the person at the keyboard."""
 
     exit_code = 1
+    told = False  # by another process of the same run
 
 
 class UsageError(LitfreezeError, ValueError):

@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from litfreeze.errors import Interrupted, LitfreezeError, UsageError, did_you_mean
+from litfreeze.errors import Interrupted, LitfreezeError, RunError, UsageError, did_you_mean
 from litfreeze.precision import PRECISIONS, Precision, default_precision
 
 STRATEGIES = ("auto", "ddp", "fsdp")
@@ -50,19 +50,43 @@ def build_fabric(
     return fabric, PRECISIONS[name]
 
 
+def _says_that_one_is_lost(error: RuntimeError) -> bool:
+    """Gloo tells it by a plain RuntimeError, with its source's path."""
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+
+
 def on_first(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
     """What `function` returns, or the error that it raises, on the first process: on all of them, so that none waits
     for one that has failed."""
-    told = None, None
+    found = None, None
     if fabric.is_global_zero:
         try:
-            told = function(*arguments), None
+            found = function(*arguments), None
         except (LitfreezeError, OSError) as error:
-            told = None, error
+            found = None, error
     if fabric.world_size > 1:
-        told = fabric.broadcast(told)
-    result, error = told
+        found = fabric.broadcast(found)
+    result, error = found
     if error is not None:
+        error.told = not fabric.is_global_zero
+        raise error
+    return result
+
+
+def together(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
+    """What `function` returns on each process; if it raises an error of ours on one of them, all of them raise one, and
+    the first process tells it."""
+    result = error = None
+    try:
+        result = function(*arguments)
+    except LitfreezeError as raised:
+        error = raised
+    if fabric.world_size > 1:
+        errors = [None] * fabric.world_size
+        torch.distributed.all_gather_object(errors, error)
+        error = next((each for each in errors if each is not None), None)
+    if error is not None:
+        error.told = not fabric.is_global_zero
         raise error
     return result
 
@@ -78,6 +102,14 @@ def launch(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
             if not fabric.is_global_zero:
                 stop.exit_code = 0  # a launcher would take it for a crash, and kill the first process too
             raise
+        except RuntimeError as error:
+            if fabric.world_size == 1 or not _says_that_one_is_lost(error):
+                raise
+            reason = " ".join(str(error).split())[:160]
+            raise RunError(f"Another process of this run was lost; see what it said last. ({reason})") from None
+        finally:
+            if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+                torch.distributed.destroy_process_group()  # its threads may end badly when the process just ends
 
     if os.environ.get("LT_CLI_USED") == "1":
         return of_one(fabric, *arguments)

@@ -21,12 +21,12 @@ from litfreeze.data.args import DataArgs
 from litfreeze.data.classes import load_classified
 from litfreeze.data.prompt import Prompt
 from litfreeze.data.samples import MAX_SEQ_LENGTH, Samples, load_samples
-from litfreeze.errors import Interrupted, RunError, UsageError
+from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.quantize import check_quantize, quantize_frozen
 from litfreeze.freeze.thaw import Stage, stages
 from litfreeze.generate.classes import likeliest, probabilities
 from litfreeze.generate.sample import generate_tokens
-from litfreeze.launch import on_first
+from litfreeze.launch import on_first, together
 from litfreeze.model import GPT
 from litfreeze.outputs import BEST, FINAL, MERGED_BASE, began_as, claim, sole_user, used
 from litfreeze.prefix.prefix import only_below
@@ -63,21 +63,7 @@ class Prepared:
 def run(fabric: Fabric, job: Job) -> Result:
     """The run, on one of `fabric`'s processes. Raises UsageError before training starts, RunError after, Interrupted if
     a signal ended it."""
-    again = job.resume or (job.anew and job.out_dir is not None and began_as(job.out_dir, job.recipe))
-    if job.out_dir is not None and used(job.out_dir) and not again:
-        what = "already holds something" if job.out_dir.is_dir() else "is a file"
-        raise UsageError(f"--out_dir {job.out_dir} {what}. Choose another, or move it away.")
-    check_optimizer(job.plan, job.train.optimizer, fabric.device)
-    if job.frozen.fused_backward:
-        check_fused_backward(job.train, job.precision.name, fabric.world_size)
-    check_reuse(job.frozen, job.plan, fabric.device)
-    check_new_blocks(job.checkpoint, job.plan)
-    fabric.seed_everything(job.seed, workers=False, verbose=False)
-    prepared = _prepare(job)
-    if isinstance(fabric.strategy, ModelParallelStrategy):
-        check_sharding(job)
-    if job.frozen.freeze_quantize:
-        check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device, prepared.stages[0].untouched)
+    prepared = together(fabric, _prepare, fabric, job)
     if fabric.broadcast(sorted(job.plan.trained)) != sorted(job.plan.trained):  # each may have ranked the blocks
         raise RunError("The processes came to different layers. Take the ids that litfreeze rank tells.")
     out_dir = on_first(fabric, claim, job.out_dir, job.method)
@@ -88,7 +74,20 @@ def run(fabric: Fabric, job: Job) -> Result:
         return _train(fabric, job, prepared, keeper, killed)
 
 
-def _prepare(job: Job) -> Prepared:
+def _prepare(fabric: Fabric, job: Job) -> Prepared:
+    """Checks all that can be checked, and reads the data. Raises UsageError."""
+    again = job.resume or (job.anew and job.out_dir is not None and began_as(job.out_dir, job.recipe))
+    if job.out_dir is not None and used(job.out_dir) and not again:
+        what = "already holds something" if job.out_dir.is_dir() else "is a file"
+        raise UsageError(f"--out_dir {job.out_dir} {what}. Choose another, or move it away.")
+    check_optimizer(job.plan, job.train.optimizer, fabric.device)
+    if job.frozen.fused_backward:
+        check_fused_backward(job.train, job.precision.name, fabric.world_size)
+    check_reuse(job.frozen, job.plan, fabric.device)
+    check_new_blocks(job.checkpoint, job.plan)
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        check_sharding(job)
+    fabric.seed_everything(job.seed, workers=False, verbose=False)
     tokenizer = job.checkpoint.tokenizer()
     prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
     samples = _load_samples(job, tokenizer, prompt)
@@ -96,6 +95,8 @@ def _prepare(job: Job) -> Prepared:
     prompted = not job.checkpoint.config.labels and any(len(sample.prompt_tokens) for sample in samples.train)
     schedule = Schedule.plan(len(samples.train), job.train, job.eval)
     planned = stages(job.plan, job.thawing, schedule.max_steps, schedule.steps_per_epoch, schedule.warmup)
+    if job.frozen.freeze_quantize:
+        check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device, planned[0].untouched)
     saved = prompt.to_dict() if prompted else job.checkpoint.prompt
     return Prepared(tokenizer, samples, schedule, planned, prompt.style if prompted else None, saved)
 
@@ -104,7 +105,7 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
     """From the loaded model to the report. `killed` is the run that had been here and did not end in order."""
     tokenizer, samples, schedule, planned = prepared.tokenizer, prepared.samples, prepared.schedule, prepared.stages
     out_dir, labels = keeper.out_dir, job.checkpoint.config.labels
-    outcome, point = keeper.point() if job.resume else (Outcome(), None)
+    outcome, point = together(fabric, keeper.point) if job.resume else (Outcome(), None)
     kept = {} if point is None else point.facts
     on_first(fabric, keeper.begin, outcome.step)
     on_first(fabric, keeper.check_room)
@@ -121,7 +122,7 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
     monitor.say(report.opening(prepared.style))
 
     def leave(kind: Optional[type[BaseException]], *_: object) -> None:
-        if kind is not None and issubclass(kind, (KeyboardInterrupt, Interrupted, RunError)):
+        if kind is not None and not issubclass(kind, UsageError):
             monitor.say(keeper.stopped())
 
     with ExitStack() as to_close:
