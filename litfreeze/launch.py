@@ -6,6 +6,7 @@ from typing import Any, Optional, Union
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from lightning_fabric.strategies import ModelParallelStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
@@ -28,6 +29,9 @@ def build_fabric(
     name = precision or default_precision(accelerator)
     if name not in PRECISIONS:
         raise UsageError(f"--precision {name!r} is unknown. Choose from {', '.join(PRECISIONS)}.")
+    if TorchElasticEnvironment.detect() and not _started_by_fabric():  # torchrun has said how many
+        devices = int(os.environ["LOCAL_WORLD_SIZE"]) if devices == "auto" else devices
+        num_nodes = int(os.environ["GROUP_WORLD_SIZE"]) if num_nodes == 1 else num_nodes
     try:
         where = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "precision": name}
         fabric = Fabric(**where)
@@ -48,6 +52,10 @@ def build_fabric(
     if fabric.device.type == "cuda" and name.startswith("bf16") and not torch.cuda.is_bf16_supported():
         raise UsageError(f"--precision {name}: this GPU has no bfloat16. Choose 16-mixed or 32-true.")
     return fabric, PRECISIONS[name]
+
+
+def _started_by_fabric() -> bool:
+    return os.environ.get("LT_CLI_USED") == "1"
 
 
 def _says_that_one_is_lost(error: RuntimeError) -> bool:
@@ -111,6 +119,6 @@ def launch(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
             if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
                 torch.distributed.destroy_process_group()  # its threads may end badly when the process just ends
 
-    if os.environ.get("LT_CLI_USED") == "1":
+    if _started_by_fabric():
         return of_one(fabric, *arguments)
     return fabric.launch(of_one, *arguments)

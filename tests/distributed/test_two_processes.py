@@ -156,7 +156,7 @@ def test_two_hosts_meet_by_torchrun(tmp_path, alone, strategy):
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
              "--rdzv-id", "one", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
              "--local-addr", f"127.0.0.{host + 1}",
-             "-m", "litfreeze", "finetune", *PLANS["selective"], *STEPS, "--num_nodes", "2", "--strategy", strategy,
+             "-m", "litfreeze", "finetune", *PLANS["selective"], *STEPS, "--strategy", strategy,
              "--out_dir", str(out)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
@@ -167,11 +167,15 @@ def test_two_hosts_meet_by_torchrun(tmp_path, alone, strategy):
     agree(out, alone("selective"))
 
 
-def test_fabric_run_starts_them(tmp_path, alone):
-    done = run(
-        [Path(sys.executable).with_name("fabric"), "run", "--accelerator", "cpu", "--devices", "2",
-         Path(litfreeze.__file__).with_name("__main__.py"), "--", "finetune", *PLANS["selective"], *STEPS,
-         "--out_dir", tmp_path / "two"]
-    )  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "litfreeze"]
+FABRIC = [
+    Path(sys.executable).with_name("fabric"), "run", "--accelerator", "cpu", "--devices", "2",
+    Path(litfreeze.__file__).with_name("__main__.py"), "--",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, FABRIC], ids=["torchrun", "fabric run"])
+def test_others_start_them(tmp_path, alone, launcher):
+    done = run([*launcher, "finetune", *PLANS["selective"], *STEPS, "--out_dir", tmp_path / "two"])
     assert done.returncode == 0, done.stderr
     agree(tmp_path / "two", alone("selective"))
