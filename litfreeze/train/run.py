@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,7 +17,7 @@ from lightning_fabric.strategies import ModelParallelStrategy
 from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
 from litfreeze.checkpoint.expand import check_new_blocks
 from litfreeze.checkpoint.merge import FoldedTensors, write_merged
-from litfreeze.checkpoint.resume import restore, take_state, weights_of
+from litfreeze.checkpoint.resume import restore
 from litfreeze.data.args import DataArgs
 from litfreeze.data.classes import load_classified
 from litfreeze.data.prompt import Prompt
@@ -28,11 +29,9 @@ from litfreeze.generate.classes import likeliest, probabilities
 from litfreeze.generate.sample import generate_tokens
 from litfreeze.launch import on_first, together
 from litfreeze.model import GPT
-from litfreeze.outputs import BEST, FINAL, MERGED_BASE, began_as, claim, sole_user, used
+from litfreeze.outputs import FINAL, MERGED_BASE, began_as, claim, sole_user, used
 from litfreeze.prefix.prefix import only_below
-from litfreeze.shards import whole
 from litfreeze.tokenizer import Tokenizer
-from litfreeze.train.background import LEAVING, Background, has_room_for
 from litfreeze.train.fused import check_fused_backward
 from litfreeze.train.interrupt import Interrupts
 from litfreeze.train.job import Job, Result
@@ -43,7 +42,8 @@ from litfreeze.train.optim import check_optimizer
 from litfreeze.train.outcome import Outcome
 from litfreeze.train.report import Exchange, Report
 from litfreeze.train.reuse import check_reuse
-from litfreeze.train.shard import check_sharding, is_sharded
+from litfreeze.train.saving import LEAVING, Saving
+from litfreeze.train.shard import check_sharding
 from litfreeze.train.stage import make_ready
 from litfreeze.train.watch import Watch
 
@@ -150,37 +150,8 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
             with ready.prefix.at_hand() if ready.prefix else nullcontext():
                 exchange.before = ready.core.lend(_answer, fabric, tokenizer, exchange.prompt_tokens, answer_length)
 
-        writing = Background()
-
-        def settle(patience: Optional[float] = None) -> None:
-            """That a checkpoint on the way could not be kept, as on a full disk, is told and no reason to stop."""
-            if (failed := writing.settle(patience)) is not None:
-                name, trouble = failed
-                outcome.best_kept = 0 if name == BEST else outcome.best_kept
-                monitor.say(f"Not kept  {name}: {trouble}")
-
-        def save(name: str, outcome: Outcome) -> None:
-            settle()
-            monitor.flush()
-            plain = None if name == BEST else ready.plain
-            more = {
-                "answer_before": exchange.before,
-                "scaler": scaler and scaler.state_dict(),
-                "cached": ready.prefix is not None,
-            }
-            so_far, reached = ready.stage.so_far, replace(outcome)
-            beside = job.train.save_in_background and has_room_for(keeper.size_of(name))
-            if fabric.is_global_zero or is_sharded(ready.core):  # all have a part in it, the first one keeps it
-                state = take_state(ready.core.gpt, so_far.trained, plain, beside, keep=fabric.is_global_zero)
-            if fabric.is_global_zero:
-                if name == BEST:
-                    writing.start(name, keeper.checkpoint, name, weights_of(state), so_far, reached)
-                else:
-                    writing.start(name, keeper.interval, name, state, so_far, reached, more)
-                if not beside:
-                    settle()
-
-        to_close.push(lambda kind, *_: settle(LEAVING if kind is KeyboardInterrupt else None))
+        saving = Saving(fabric, keeper, monitor, exchange, scaler)
+        to_close.push(lambda kind, *_: saving.settle(outcome, LEAVING if kind is KeyboardInterrupt else None))
         watch = None
         if job.train.watch_interval:
             watch = Watch(
@@ -196,8 +167,9 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
             if job.frozen.stream_frozen and outcome.step < ready.stage.stop:
                 ready.prefix.fill_all(fabric.global_rank, fabric.world_size, fabric.barrier)
             outcome = fit(
-                fabric, ready.model, ready.optimizer, *ready.feeds, schedule, job.train, job.eval, monitor, save,
-                job.seed, outcome, ready.fused, ready.stage.stop, watch, interrupts=interrupts,
+                fabric, ready.model, ready.optimizer, *ready.feeds, schedule, job.train, job.eval, monitor,
+                partial(saving.on_the_way, ready), job.seed, outcome, ready.fused, ready.stage.stop, watch,
+                interrupts=interrupts,
             )  # fmt: skip
             if outcome.step == schedule.max_steps or outcome.stopped:
                 break
@@ -214,16 +186,7 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
                 exchange.after = ready.core.lend(_answer, fabric, tokenizer, exchange.prompt_tokens, answer_length)
         if prefix is not None:
             prefix.release()
-        settle()
-        weights = {}
-        for name, parameter in ready.core.gpt.named_parameters():
-            gathered = whole(parameter)
-            if fabric.is_global_zero:
-                weights[name] = gathered
-        try:
-            proof = on_first(fabric, keeper.checkpoint, FINAL, weights, ready.stage.so_far, outcome)
-        except OSError as error:
-            raise RunError(f"The final checkpoint could not be written: {error}.") from None
+        proof = saving.final(ready, outcome)
     if fabric.is_global_zero:
         report.write(out_dir, outcome, proof, exchange, monitor)
         monitor.say(report.closing(out_dir, outcome, proof, exchange, monitor))
