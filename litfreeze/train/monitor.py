@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import shutil
 import sys
@@ -164,7 +165,7 @@ def over_fitting(rows: Sequence[dict[str, Any]]) -> Optional[str]:
     """Whether the last two validations came out more than 1 % above the best one while the training loss went on
     falling, from the rows of metrics.csv: a notice, or None."""
     validated = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-    trained = [(row["step"], row["train_loss"]) for row in rows if row.get("train_loss") is not None]
+    trained = [(row["step"], row["train_loss"]) for row in rows if math.isfinite(row.get("train_loss", math.nan))]
     best_step, best = min(validated, key=lambda point: point[1], default=(0, 0.0))
     if best_step == 0 or len(validated) < 3 or min(loss for _, loss in validated[-2:]) <= 1.01 * best:
         return None

@@ -178,6 +178,8 @@ FALLING = [2.0, 1.8, 1.6, 1.4, 1.2, 1.0, 0.8, 0.6, 0.4]
         (FALLING, {0: 3.0, 3: 1.5, 6: 1.3, 9: 1.1}, False),
         (FALLING, {0: 3.0, 3: 3.5, 6: 3.6, 9: 3.8}, False),  # worse than before training: something else
         (FALLING[::-1], {0: 3.0, 3: 1.5, 6: 1.6, 9: 1.8}, False),  # both rise: not that
+        ([*FALLING[::-1][:8], float("nan")], {0: 3.0, 3: 1.5, 6: 1.6, 9: 1.8}, False),  # the same, a step skipped
+        ([*FALLING[:8], float("nan")], {0: 3.0, 3: 1.5, 6: 1.6, 9: 1.8}, True),
         (FALLING[:3], {0: 3.0, 3: 1.5, 6: 1.6, 9: 1.8}, False),  # nothing was logged since
     ],
 )
