@@ -23,6 +23,8 @@ class FrozenArgs:
             larger than memory. The samples before and after training are then left out.
         fused_backward: Step each parameter inside of backward, as soon as its gradient is there, so that gradients do
             not exist all at once. Needs --train.max_norm null and steps of one micro-batch on one process.
+        shard_frozen: With --strategy fsdp, spread frozen weights over the processes too: less memory on each, and every
+            block is sent to all when it is at work. Nothing is cached then.
         freeze_quantize: Keep frozen linear weights, from the lowest trained block up, in int8 or nf4 while training.
             Checkpoints have them as they are in the base. Needs bitsandbytes.
     """
@@ -35,12 +37,17 @@ class FrozenArgs:
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     stream_frozen: bool = False
     fused_backward: bool = False
+    shard_frozen: bool = False
     freeze_quantize: Optional[Literal["int8", "nf4"]] = None
 
     def __post_init__(self) -> None:
         parse_size(self.cache_limit)
         if self.stream_frozen and self.cache == "off":
             raise UsageError("--stream_frozen fills the cache, and --cache off has none. Leave one of them out.")
+        if self.shard_frozen and self.cache not in ("auto", "off"):
+            raise UsageError(
+                f"--shard_frozen keeps nothing, and --cache {self.cache} asks for it. Leave one of them out."
+            )
 
 
 @dataclass

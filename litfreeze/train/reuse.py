@@ -65,6 +65,8 @@ def choose_reuse(
         return Reuse(None, "off, as before the interruption.")
     if frozen.cache == "off":
         return Reuse(None, "off: --cache off.")
+    if frozen.shard_frozen:
+        return Reuse(None, "off: --shard_frozen, so that no process has a block to itself.")
     if stop <= 0:
         return Reuse(None, f"off: {_nothing_below(stage.so_far)}.")
     dtype = job.precision.stream if frozen.cache_dtype == "auto" else getattr(torch, frozen.cache_dtype)

@@ -87,6 +87,8 @@ def _prepare(fabric: Fabric, job: Job) -> Prepared:
     check_new_blocks(job.checkpoint, job.plan)
     if isinstance(fabric.strategy, ModelParallelStrategy):
         check_sharding(job)
+    elif job.frozen.shard_frozen:
+        raise UsageError("--shard_frozen needs --strategy fsdp, and more than one process (--devices 2).")
     fabric.seed_everything(job.seed, workers=False, verbose=False)
     tokenizer = job.checkpoint.tokenizer()
     prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
@@ -203,7 +205,7 @@ def _load(fabric: Fabric, job: Job, planned: Sequence[Stage], i: int, monitor: M
 
     def kept(name: str) -> torch.dtype:
         trains = name in stage.so_far.trained
-        if sharded and name in stage.plan.trained:
+        if sharded and (job.frozen.shard_frozen or name in stage.plan.trained):
             return checkpoint.dtype(name)  # it stays in its file until it is sharded
         return job.precision.kept(trains, checkpoint.dtype(name))
 

@@ -1,6 +1,6 @@
 """`--strategy fsdp`: what trains is spread over the processes; a block is whole on each of them while it is at work."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -15,23 +15,24 @@ from litfreeze.train.job import Job
 from litfreeze.train.loss import NextToken
 
 
-def shard(model: NextToken, mesh: DeviceMesh, device: torch.device, dtype: Callable[[str], torch.dtype]) -> None:
-    """Spreads the weights that train, block by block and in `dtype(name)`, by rows over the processes of `mesh` (FSDP2:
-    Zhao et al., arXiv 2304.11277, in torch's second form). Frozen ones stay whole on every process and are no part of
-    any exchange; no gradient is made for them and none is sent.
+def shard(model: NextToken, job: Job, mesh: DeviceMesh, device: torch.device) -> None:
+    """Spreads the weights that train, block by block and in the dtype that they train in, by rows over the processes of
+    `mesh` (FSDP2: Zhao et al., arXiv 2304.11277, in torch's second form). Frozen ones stay whole on every process and
+    are no part of any exchange, or are spread too with `--shard_frozen`; no gradient is made for them and none is sent.
 
-    A block that trains is in memory whole for a moment, beside the parts of all others."""
+    A block is in memory whole for a moment, beside the parts of all others."""
     gpt = model.gpt
     names = {parameter: name for name, parameter in gpt.named_parameters()}
-    frozen = {parameter for parameter in names if not parameter.requires_grad}
-    for parameter in frozen:
+    staying = set() if job.frozen.shard_frozen else {p for p in names if not p.requires_grad}
+    for parameter in staying:
         parameter.data = parameter.data.to(device)
     for module in (*gpt.blocks, model):
-        own = [p for p in module.parameters() if p.requires_grad and p in names]
+        own = [p for p in module.parameters() if p in names and p not in staying]
         for parameter in own:
-            parameter.data = parameter.data.to(dtype(names.pop(parameter)))
+            stored = job.checkpoint.dtype(names.pop(parameter))
+            parameter.data = parameter.data.to(job.precision.kept(parameter.requires_grad, stored))
         if own or module is model:
-            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=staying)
     register_fsdp_forward_method(model, "lend")
 
 
@@ -74,6 +75,7 @@ def check_sharding(job: Job) -> None:
     """Raises UsageError for what does not go with `--strategy fsdp`."""
     without = {
         f"--train.optimizer {job.train.optimizer}": job.train.optimizer != "adamw",
+        "--shard_frozen, beside blocks that thaw": job.frozen.shard_frozen and job.thawing is not None,
         "--fused_backward": job.frozen.fused_backward,
         "--freeze_quantize": job.frozen.freeze_quantize is not None,
         "--stream_frozen": job.frozen.stream_frozen,

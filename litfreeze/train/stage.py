@@ -98,8 +98,7 @@ def _over(
     stage.plan.apply(gpt)
     core = NextToken(gpt, job.train.activation_checkpointing)
     if sharded:
-        mesh = fabric.strategy.device_mesh["data_parallel"]
-        shard(core, mesh, fabric.device, lambda name: job.precision.kept(True, job.checkpoint.dtype(name)))
+        shard(core, job, fabric.strategy.device_mesh["data_parallel"], fabric.device)
     model = fabric.setup_module(core)
     scaled = job.precision.name == "16-mixed"
     plain = build_optimizer(gpt, stage.plan, job.train, scaled, stage.rises, last and last.plain)

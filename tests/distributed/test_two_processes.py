@@ -92,6 +92,42 @@ def test_the_same_losses_and_the_same_weights(tmp_path, alone, plan, strategy):
         assert confusions[0] == confusions[1] and sum(map(sum, confusions[0])) == 9
 
 
+@pytest.mark.parametrize("plan", ["selective", "lora"])
+def test_frozen_weights_may_lie_on_both_as_well(tmp_path, alone, plan):
+    words = [
+        *PLANS[plan],
+        *STEPS,
+        "--devices",
+        2,
+        "--strategy",
+        "fsdp",
+        "--shard_frozen",
+        "--out_dir",
+        tmp_path / "two",
+    ]
+    done = run(command(*words))
+    assert done.returncode == 0, done.stderr
+    agree(tmp_path / "two", alone(plan))
+    assert "frozen tensors are bit-identical to the base" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--strategy fsdpp", "auto, ddp, fsdp"),
+        ("--shard_frozen", "--shard_frozen needs --strategy fsdp"),
+        ("--shard_frozen --strategy fsdp --devices 2 --cache disk", "--shard_frozen keeps nothing, and --cache disk"),
+        ("--strategy fsdp --devices 2 --train.optimizer muon", "does not go with --train.optimizer muon yet"),
+        ("--strategy fsdp --devices 2 --stream_frozen --trainable_layers 11", "does not go with --stream_frozen yet"),
+        ("--strategy fsdp --devices 2 --shard_frozen --lisa_layers 2", "--shard_frozen, beside blocks that thaw"),
+    ],
+)
+def test_what_does_not_go_together_is_told(tmp_path, words, told):
+    wrong = run(command("full", *words.split(), "--accelerator", "cpu", "--out_dir", tmp_path / "run"))
+    assert wrong.returncode == 2 and told in wrong.stderr, wrong.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("first", "then"), [(("2", "fsdp"), ("1", "auto")), (("1", "auto"), ("2", "fsdp")), (("2", "ddp"), ("2", "fsdp"))]
 )
