@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 PLANS = {"everything": [], "last 2": ["--trainable_layers", "-2:"], "LoRA": None}
-FEW, MORE = 1, 5
+FEW, MORE = 1, 4
 
 
 def sent() -> int:

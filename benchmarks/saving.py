@@ -15,13 +15,16 @@ from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.train.args import EvalArgs, TrainArgs
 from litfreeze.train.monitor import Monitor
 
-PLANS = {"last two blocks": "-2:", "20%-80%": "20%-80%", "everything": None}
-EVERY = 6
+PLANS = {
+    "last two blocks": ("-2:", 18),
+    "20%-80%": ("20%-80%", 6),
+    "everything": (None, 6),
+}  # and steps from save to save
 
 
 def ends_of_steps(plan: str, background: bool, args: argparse.Namespace) -> list[float]:
     """Seconds at which each step of a run had ended."""
-    ends, plain = [], Monitor.stepped
+    (layers, every), ends, plain = PLANS[plan], [], Monitor.stepped
 
     def stepped(*given):
         plain(*given)
@@ -35,12 +38,12 @@ def ends_of_steps(plan: str, background: bool, args: argparse.Namespace) -> list
                 out_dir=Path(folder) / "run",
                 data=DataArgs(path=args.data, val_split_fraction=0),
                 train=TrainArgs(
-                    max_steps=args.steps, global_batch_size=8, micro_batch_size=8, save_interval=EVERY,
+                    max_steps=5 * every + 2, global_batch_size=8, micro_batch_size=8, save_interval=every,
                     save_in_background=background, watch_interval=0,
                 ),
                 eval=EvalArgs(save_best=False, max_new_tokens=1),
                 precision="32-true",
-                trainable_layers=PLANS[plan],
+                trainable_layers=layers,
             )  # fmt: skip
     finally:
         Monitor.stepped = plain
@@ -51,18 +54,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smollm2", type=Path, required=True, help="SmolLM2-135M-Instruct, a Hugging Face directory")
     parser.add_argument("--data", type=Path, required=True, help="records, at least 64")
-    parser.add_argument("--steps", type=int, default=32)
     args = parser.parse_args()
     table = ["| | a step | with a save, foreground | with a save, background | and the step after it | ratio |",
              "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
-    for name in PLANS:
+    for name, (_, every) in PLANS.items():
         found = {}
         for background in (False, True):
             ends = ends_of_steps(name, background, args)
             took = [after - before for before, after in pairwise(ends)]  # of step 2, 3, ...
-            saving = [took[i] for i in range(EVERY - 1, len(took), EVERY)]  # a save comes before step 7, 13, ...
-            after = [took[i + 1] for i in range(EVERY - 1, len(took) - 1, EVERY)]
-            others = [t for i, t in enumerate(took) if i % EVERY in range(1, EVERY - 2)]
+            saving = [took[i] for i in range(every - 1, len(took), every)]  # a save comes before step 7, 13, ...
+            after = [took[i + 1] for i in range(every - 1, len(took) - 1, every)]
+            others = [t for i, t in enumerate(took) if i % every in range(1, every - 2)]
             found[background] = [statistics.median(times) for times in (others, saving, after)]
         step = found[False][0]
         foreground, beside, behind = found[False][1] - step, found[True][1] - step, found[True][2] - step

@@ -38,7 +38,17 @@ def main(argv: Optional[list[str]] = None) -> int:
 
     0: done. 1: the run failed. 2: the input was wrong. 130, 143: interrupted. 141: whoever read our output left.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    code = _run(sys.argv[1:] if argv is None else list(argv))
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # gloo's threads may drop what is Python's while Python comes to its end, which is a crash
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(words: list[str]) -> int:
     debug = "--debug" in words
     try:
         function, arguments = parse([word for word in words if word != "--debug"], COMMANDS)

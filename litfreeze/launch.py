@@ -1,7 +1,11 @@
 """Fabric: which device, how many processes, which precision."""
 
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -14,6 +18,7 @@ from litfreeze.errors import Interrupted, LitfreezeError, RunError, UsageError, 
 from litfreeze.precision import PRECISIONS, Precision, default_precision
 
 STRATEGIES = ("auto", "ddp", "fsdp")
+GRACE = 30  # seconds in which the others notice by themselves that one of them is lost, and say how to go on
 
 
 def build_fabric(
@@ -115,10 +120,26 @@ def launch(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
                 raise
             reason = " ".join(str(error).split())[:160]
             raise RunError(f"Another process of this run was lost; see what it said last. ({reason})") from None
-        finally:
-            if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-                torch.distributed.destroy_process_group()  # its threads may end badly when the process just ends
+
+    def of_first(fabric: Fabric, *arguments: Any) -> Any:
+        started = getattr(fabric.strategy.launcher, "procs", [])
+        if children := list(started):
+            started.clear()  # Fabric would kill this process as soon as it sees that one of them has failed
+            threading.Thread(target=_leave_if_one_is_lost, args=(children,), daemon=True).start()
+        return of_one(fabric, *arguments)
 
     if _started_by_fabric():
         return of_one(fabric, *arguments)
-    return fabric.launch(of_one, *arguments)
+    return fabric.launch(of_first, *arguments)
+
+
+def _leave_if_one_is_lost(children: Sequence[subprocess.Popen]) -> None:
+    """Ends this process and `children` some time after one of these has failed: a GPU's collective would wait for it
+    for as long as its timeout says."""
+    while not any(child.poll() for child in children):  # a code other than 0
+        time.sleep(1)
+    time.sleep(GRACE)
+    for child in children:
+        child.kill()
+    print("error: Another process of this run was lost; see what it said last.", file=sys.stderr, flush=True)
+    os._exit(1)

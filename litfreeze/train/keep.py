@@ -5,6 +5,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
@@ -46,7 +47,7 @@ class Keeper:
 
     def check_room(self) -> None:
         """Raises UsageError unless the disk has room for all that the run will keep at one time."""
-        kept, sizes = {FINAL: "the final checkpoint"}, self._sizes()
+        kept, sizes = {FINAL: "the final checkpoint"}, self._sizes
         needed = {FINAL: sizes[FINAL]}
         keep = self.keep + 1  # a new one is written before an old one goes
         if self.job.eval.save_best and self.samples.val:
@@ -63,6 +64,7 @@ class Keeper:
                 "delta, --train.keep_last 1, --eval.save_best false)."
             )
 
+    @cached_property
     def _sizes(self) -> dict[str, int]:
         """Bytes of the final checkpoint, of one on the way and of a point to go on from."""
         job, plan = self.job, self.job.plan
@@ -76,7 +78,7 @@ class Keeper:
 
     def size_of(self, name: str) -> int:
         """Bytes of what is kept on the way under this name."""
-        sizes = self._sizes()
+        sizes = self._sizes
         return sizes[BEST] if name == BEST else sizes[BEST] + sizes[RESUME]
 
     def _claim_room(self, size: int) -> None:
@@ -92,7 +94,7 @@ class Keeper:
         `plan` is what has trained so far, and in `weights`, which has all of them for the final one. An earlier
         checkpoint of that name stays until the new one is whole. Raises RunError if the disk has no room."""
         separable = plan.trained != set(plan.sizes)
-        self._claim_room(self._sizes()[FINAL if name == FINAL else BEST])
+        self._claim_room(self._sizes[FINAL if name == FINAL else BEST])
         if name != FINAL:
             return self._write(name, weights, plan, outcome, whole=not separable, prove=False)
         if self.job.save == "both" and separable:
@@ -114,7 +116,7 @@ class Keeper:
             **more,
             **self._fixed(),
         }
-        self._claim_room(self._sizes()[RESUME])
+        self._claim_room(self._sizes[RESUME])
         write_point(self.out_dir, outcome.step, state, facts, self.keep)
         for old in kept_steps(self.out_dir)[self.keep :]:
             remove_directory(old)
