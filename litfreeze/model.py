@@ -141,7 +141,18 @@ class Block(nn.Module):
         rows: Optional[Tensor] = None,
     ) -> Tensor:
         """(..., C) to (..., C); (N, C) to (M, C) if only `rows` (M,) are wanted."""
-        attended = self.attn(self.norm_1(x), rotation, attention, rows)
+        seen = attention(*self.ask(x, rotation, rows), self.attn.window, self.attn.layer)
+        return self.go_on(x, seen, rows)
+
+    def ask(
+        self, x: Tensor, rotation: Optional[tuple[Tensor, Tensor]], rows: Optional[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before the rows of x (..., C) look at each other: queries, keys and values."""
+        return self.attn(self.norm_1(x), rotation, rows)
+
+    def go_on(self, x: Tensor, seen: Tensor, rows: Optional[Tensor]) -> Tensor:
+        """What comes after it: of x (..., C) and what was `seen` (..., H, D) to (..., C)."""
+        attended = self.attn.o_proj(seen.flatten(-2))
         x = x if rows is None else x[rows]
         if self.parallel_residual:
             return self.mlp(self.norm_2(x)) + attended + x
@@ -165,13 +176,10 @@ class CausalSelfAttention(nn.Module):
         self.layer, self.window = i, config.windows[i]
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: Optional[tuple[Tensor, Tensor]],
-        attention: Attention,
-        rows: Optional[Tensor] = None,
-    ) -> Tensor:
-        """(..., C) to (..., C), or to what `rows` alone get, (M, C). `rotation`: cos and sin (..., 1, n_elem)."""
+        self, x: Tensor, rotation: Optional[tuple[Tensor, Tensor]], rows: Optional[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (..., H, D), or of `rows` alone (M, H, D), keys and values (..., G, D) of x (..., C), as positions
+        turn them. `rotation`: cos and sin (..., 1, n_elem)."""
         asking = x if rows is None else x[rows]
         q = self.q_proj(asking).unflatten(-1, (-1, self.head_size))  # (..., H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # (..., G, D)
@@ -182,7 +190,7 @@ class CausalSelfAttention(nn.Module):
             cos, sin = rotation
             q = rotate(q, cos, sin) if rows is None else rotate(q, cos[rows], sin[rows])
             k = rotate(k, cos, sin)
-        return self.o_proj(attention(q, k, v, self.window, self.layer).flatten(-2))  # (..., C)
+        return q, k, v
 
 
 class MLP(nn.Module):

@@ -33,6 +33,7 @@ def setup(
     rates: RateArgs = RateArgs(),
     frozen: FrozenArgs = FrozenArgs(),
     precision: Optional[Precision] = None,
+    compile: bool = False,
     save: Literal["full", "delta", "both"] = "full",
     save_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None,
     accelerator: str = "auto",
@@ -68,6 +69,8 @@ def setup(
         rates: How fast each layer learns.
         frozen: How what is frozen is made cheap.
         precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
+        compile: Let torch's compiler make code of the blocks for the steps, which takes it up to a minute or two before
+            the first one. The same but for rounding. For GPUs (needs Triton); on a CPU (needs g++) it gains nothing.
         save: The final checkpoint as a whole, as a delta (only what trained, over its base), or as both. What is saved
             on the way is always a delta.
         save_dtype: Save in this dtype in place of the base's; float32 keeps the trained masters unrounded.

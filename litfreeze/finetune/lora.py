@@ -39,6 +39,7 @@ def setup(
     rates: RateArgs = RateArgs(),
     frozen: FrozenArgs = FrozenArgs(),
     precision: Optional[Precision] = None,
+    compile: bool = False,
     accelerator: str = "auto",
     devices: Union[int, str] = "auto",
     num_nodes: int = 1,
@@ -81,6 +82,8 @@ def setup(
         rates: How fast each layer learns.
         frozen: How what is frozen is made cheap.
         precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
+        compile: Let torch's compiler make code of the blocks for the steps, which takes it up to a minute or two before
+            the first one. The same but for rounding. For GPUs (needs Triton); on a CPU (needs g++) it gains nothing.
         accelerator: cpu, cuda, mps or auto.
         devices: How many, or which ones (0,2).
         num_nodes: Machines in the run.

@@ -148,6 +148,7 @@ def start(
         seed=options.seed,
         recipe=recipe_yaml(script, {**vars(options), "train": train, "precision": precision.name}),
         frozen=options.frozen,
+        compile=options.compile,
         thawing=thawing_from_words(plan.config, options.thaw, options.seed),
         resume=bool(options.resume),
         anew=options.anew,

@@ -1,7 +1,7 @@
 """`litfreeze init`: a checkpoint with random weights, from which `finetune full` pretrains."""
 
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 
 def setup(
@@ -9,6 +9,7 @@ def setup(
     out_dir: Path = Path("out/init"),
     preset: Optional[str] = None,
     config_file: Optional[Path] = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     seed: int = 1337,
 ) -> Path:
     """Make a checkpoint with random weights. Train it on plain text with `litfreeze finetune full --data text.txt`.
@@ -18,6 +19,7 @@ def setup(
         out_dir: The checkpoint directory to write.
         preset: A shape by name: demo (the default), smollm2-135m or llama-3.2-1b.
         config_file: A shape from a Hugging Face config.json instead.
+        dtype: What the weights are stored in, rounded once.
         seed: Fixes the weights.
     """
     import torch
@@ -43,7 +45,8 @@ def setup(
     if preset is not None:
         hf_config |= {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id}
         hf_config |= {"eos_token_id": tokenizer.eos_id}
-    hf_config = stored_as(hf_config, torch.float32)  # whatever the file says
+    stored = getattr(torch, dtype)
+    hf_config = stored_as(hf_config, stored)  # whatever the file says
     config = Config.from_hf(hf_config, str(config_file or preset))
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(
@@ -52,8 +55,10 @@ def setup(
     model = GPT(config)
     model.init_weights(seed)
     weights = dict(model.named_parameters())
-    layout = {name: (torch.float32, tuple(weight.shape)) for name, weight in weights.items()}
-    write_checkpoint(Path(out_dir), hf_config, layout, weights.__getitem__, {"kind": "init"}, tokenizer_dir)
+    layout = {name: (stored, tuple(weight.shape)) for name, weight in weights.items()}
+    write_checkpoint(
+        Path(out_dir), hf_config, layout, lambda name: weights[name].to(stored), {"kind": "init"}, tokenizer_dir
+    )
     total = sum(weight.numel() for weight in weights.values())
     print(f"{out_dir}: {config.n_layer} blocks, {total:,} random parameters (seed {seed}).")
     print(f"Next: litfreeze finetune full --checkpoint_dir {out_dir} --data text.txt")

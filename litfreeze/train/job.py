@@ -34,6 +34,7 @@ class Job:
     recipe: str  # YAML of the options, for --config
     save: Literal["full", "delta", "both"]  # the final checkpoint: all weights, only what trained, or each
     save_dtype: Optional[torch.dtype] = None
+    compile: bool = False  # the blocks, for the steps
     resume: bool = False  # go on in `out_dir`
     anew: bool = False  # begin, in a folder where a run of this recipe may have begun before
     thawing: Optional[Thawing] = None  # when the blocks of the plan train, if not from beginning to end

@@ -90,7 +90,8 @@ class Report:
                 f"          {_what_is_read(prompt_style, config.labels)}",
                 f"Run       {schedule.max_steps} steps of {self.job.train.global_batch_size} samples "
                 f"(epochs: {schedule.epochs:.3g}), lr {self.job.train.lr:g} {self.job.train.lr_schedule} "
-                f"after {schedule.warmup} warmup steps, {self.job.precision.name} on {self.device.type}",
+                f"after {schedule.warmup} warmup steps, {self.job.precision.name} on {self.device.type}"
+                f"{', compiled' if self.job.compile else ''}",
                 *([f"          Without dropout (config.json has {', '.join(dropout)})."] if dropout else []),
                 f"Trains    {self.job.plan.summary()}",
                 *([f"          {self.job.thawing.describe()}"] if self.job.thawing else []),

@@ -32,6 +32,7 @@ from litfreeze.model import GPT
 from litfreeze.outputs import FINAL, MERGED_BASE, began_as, claim, sole_user, used
 from litfreeze.prefix.prefix import only_below
 from litfreeze.tokenizer import Tokenizer
+from litfreeze.train.compiled import check_compile
 from litfreeze.train.fused import check_fused_backward
 from litfreeze.train.interrupt import Interrupts
 from litfreeze.train.job import Job, Result
@@ -84,6 +85,8 @@ def _prepare(fabric: Fabric, job: Job) -> Prepared:
     if job.frozen.fused_backward:
         check_fused_backward(job.train, job.precision.name, fabric.world_size)
     check_reuse(job.frozen, job.plan, fabric.device)
+    if job.compile:
+        check_compile(job.frozen, fabric.device)
     check_new_blocks(job.checkpoint, job.plan)
     if isinstance(fabric.strategy, ModelParallelStrategy):
         check_sharding(job)

@@ -15,6 +15,7 @@ from litfreeze.errors import UsageError
 from litfreeze.freeze.thaw import Stage
 from litfreeze.model import GPT
 from litfreeze.prefix.prefix import Prefix
+from litfreeze.train.compiled import compile_blocks
 from litfreeze.train.feed import Feed
 from litfreeze.train.fused import FusedBackward
 from litfreeze.train.job import Job
@@ -96,6 +97,8 @@ def _over(
         if reuse.prefix is not None and fabric.world_size > 1:
             reuse.prefix.release()  # on all processes or none: wrapping the model compares its weights between them
     stage.plan.apply(gpt)
+    if job.compile and (last is None or gpt is not last.core.gpt):
+        compile_blocks(gpt)
     core = NextToken(gpt, job.train.activation_checkpointing)
     if sharded:
         shard(core, job, fabric.strategy.device_mesh["data_parallel"], fabric.device)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import litfreeze
-from litfreeze.demo import MODEL_DIR
+from litfreeze.demo import MODEL_DIR, TRAIN_FILE
 
 # An odd global batch, so that one process runs out of samples while the other has some left; every process enters every
 # validation, look, save and answer
@@ -89,6 +90,55 @@ def test_the_same_losses_and_the_same_weights(tmp_path, alone, plan, strategy):
             for place in (out, alone(plan))
         ]
         assert confusions[0] == confusions[1] and sum(map(sum, confusions[0])) == 9
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_compiled_blocks_too(tmp_path, alone):
+    words = [
+        *PLANS["selective"],
+        *STEPS,
+        "--devices",
+        2,
+        "--strategy",
+        "fsdp",
+        "--compile",
+        "--out_dir",
+        tmp_path / "two",
+    ]
+    done = run(command(*words))
+    assert done.returncode == 0, done.stderr
+    agree(tmp_path / "two", alone("selective"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_other_precisions(tmp_path, precision):
+    """Two processes add up in another order than one, which bf16 rounds."""
+    losses = []
+    for own in (["--devices", 1], ["--devices", 2, "--strategy", "ddp"], ["--devices", 2, "--strategy", "fsdp"]):
+        out = tmp_path / str(len(losses))
+        done = run(command(*PLANS["selective"], *STEPS, "--precision", precision, *own, "--out_dir", out))
+        assert done.returncode == 0, done.stderr
+        losses.append(reached(out)[0])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[2] == pytest.approx(losses[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_activations_computed_again(tmp_path, alone, strategy):
+    words = [*PLANS["unfreezing"], *STEPS, "--train.activation_checkpointing", "--devices", 2, "--strategy", strategy]
+    done = run(command(*words, "--out_dir", tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    agree(tmp_path / "two", alone("unfreezing"))
+
+
+def test_new_blocks(tmp_path):
+    good = run([sys.executable, "-m", "litfreeze", "expand", "--new_blocks", "2", "--out_dir", tmp_path / "deeper"])
+    assert good.returncode == 0, good.stderr
+    words = ["full", "--checkpoint_dir", tmp_path / "deeper", "--data", TRAIN_FILE, "--trainable_layers", "new"]
+    for processes, strategy in ((1, "auto"), (2, "fsdp")):
+        own = ["--devices", processes, "--strategy", strategy, "--out_dir", tmp_path / str(processes)]
+        done = run(command(*words, *STEPS, "--save_dtype", "float32", *own))
+        assert done.returncode == 0, done.stderr
+    agree(tmp_path / "2", tmp_path / "1")
 
 
 @pytest.mark.parametrize("plan", ["selective", "lora"])
