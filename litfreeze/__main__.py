@@ -32,6 +32,8 @@ COMMANDS = {
     "cache rm": "litfreeze.scripts.cache:rm",
 }
 
+LONGEST = 1000  # characters of a line of an error
+
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Run one command line (by default the process's own) and return its exit code.
@@ -77,10 +79,19 @@ def _run(words: list[str]) -> int:
 
 def _told(error: Exception) -> str:
     if isinstance(error, LitfreezeError):
-        return str(error)
+        return _fit(str(error))
     text = " ".join(str(error).split())
     text = text if len(text) <= 500 else f"{text[:500]}..."
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
+
+
+def _fit(text: str) -> str:
+    """`text` as one or two lines of some length: names and values from a file can hold anything, a terminal's control
+    characters too."""
+    lines = text.splitlines()
+    lines = lines if len(lines) <= 2 else [" ".join(lines)]
+    lines = [line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}" for line in lines]
+    return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
 
 
 def _nobody_reads() -> bool:

@@ -294,9 +294,26 @@ def expected(hint: Any) -> str:
 
 
 class Yaml(yaml.SafeLoader):
-    """YAML in which only what is plainly a number, true, false or null is one. In YAML 1.1 1:30 is 90, and 010 is 8."""
+    """YAML in which only what is plainly a number, true, false or null is one. In YAML 1.1 1:30 is 90, and 010 is 8.
+
+    Nothing in it refers to something else, so that it is no larger than its text, nor has a tag of its own."""
 
     yaml_implicit_resolvers: ClassVar = {}
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        """The next value; `parent` and `index` tell where it stands."""
+        event, self.depth = self.peek_event(), self.depth + 1
+        problem = "nested too deep" if self.depth > DEEPEST else ""
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"*{event.anchor} refers to another value: write that value, or quote it"
+        if getattr(event, "tag", None) is not None:
+            problem = f"the tag {event.tag}: leave it out"
+        if problem:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def get_single_data(self) -> Any:
         """What the text says; only `null` and nothing at all are null, not `#` or `!`."""
@@ -307,6 +324,7 @@ class Yaml(yaml.SafeLoader):
         return data
 
 
+DEEPEST = 50  # lists and mappings inside of each other
 NUMBER = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?"
 for tag, pattern in {"null": "null|", "bool": "true|false", "int": "0|-?[1-9][0-9]*", "float": NUMBER}.items():
     Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$"), None)
@@ -332,11 +350,13 @@ def read_yaml(text: str, path: str = "") -> Any:
 
 def read_path(text: str) -> Path:
     """A path with `~` expanded. An empty text is none (Path would take it for the working directory)."""
-    if not text:
+    longest = max(len(os.fsencode(part)) for part in ("", *Path(text).parts))
+    if not text or "\0" in text or longest > LONGEST_NAME or len(text) > LONGEST_PATH:
         raise ValueError(f"Expected a path. Got value: {text}")
     return Path(text).expanduser()
 
 
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # what file systems take
 MODE = "litfreeze"
 # Else {class_path: any.Class} inside of --data.prompt_args would be made an object.
 jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)

@@ -226,6 +226,8 @@ def _gpt2(fields: "_Fields", _: str) -> Config:
     )
 
 
+DEPTHS = ("num_hidden_layers", "n_layer")
+MOST_LAYERS, MOST_ELEMENTS = 1000, 2**40  # far above any model's, and what memory could be asked for
 CLASSIFIER = "ForSequenceClassification"  # how transformers' names of classifiers end
 
 FAMILIES = {
@@ -287,6 +289,8 @@ class _Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
             told = "is missing" if value is None else f"is {value!r}; it must be a positive whole number"
             raise UsageError(f"{self.source}: {key} {told}.")
+        if key in DEPTHS and value > MOST_LAYERS:
+            raise UsageError(f"{self.source}: {key} is {value}; litfreeze takes up to {MOST_LAYERS:,} blocks.")
         return value
 
     def number(self, key: str, default: float, within: Optional[dict[str, Any]] = None) -> float:
@@ -367,7 +371,10 @@ class _Fields:
         kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
         scaling.pop("type", None)
         theta = self.number("rope_theta", theta, scaling)
-        n_elem = int(head_size * self.number("partial_rotary_factor", share, scaling))
+        share = self.number("partial_rotary_factor", share, scaling)
+        if share > 1:
+            raise UsageError(f"{self.source}: {share:g} of a head's dimensions cannot rotate; 1 is all of them.")
+        n_elem = int(head_size * share)
         if kind == "default":
             rope = RoPE(n_elem, theta)
         elif kind == "linear":
@@ -378,7 +385,7 @@ class _Fields:
                 theta,
                 "llama3",
                 self.number("factor", 0, scaling),
-                int(self.number("original_max_position_embeddings", block_size, scaling)),
+                self._original_size(block_size, scaling),
                 self.number("low_freq_factor", 0, scaling),
                 self.number("high_freq_factor", 0, scaling),
             )
@@ -393,7 +400,9 @@ class _Fields:
         return rope
 
     def _yarn(self, n_elem: int, theta: float, block_size: int, scaling: dict[str, Any]) -> RoPE:
-        original = int(self.number("original_max_position_embeddings", block_size, scaling))
+        if theta <= 1:
+            raise UsageError(f"{self.source}: rope_theta is {theta:g}; yarn needs more than 1.")
+        original = self._original_size(block_size, scaling)
         factor = self.number("factor", block_size / original, scaling)
         mscales = [self.number(key, 1.0, scaling) for key in ("mscale", "mscale_all_dim") if scaling.get(key)]
 
@@ -413,6 +422,13 @@ class _Fields:
             attention_factor=self.number("attention_factor", attention_factor, scaling),
         )
 
+    def _original_size(self, block_size: int, scaling: dict[str, Any]) -> int:
+        """How many positions the model was trained with before they were stretched."""
+        size = self.number("original_max_position_embeddings", block_size, scaling)
+        if not 1 <= size < 2**63:
+            raise UsageError(f"{self.source}: original_max_position_embeddings is {size:g}; it must be 1 or more.")
+        return int(size)
+
     def refuse_the_rest(self) -> None:
         """A field nobody took must be harmless or switched off."""
         off = (None, False, 0, "", [], {})
@@ -426,7 +442,11 @@ class _Fields:
 
 
 def _check(config: Config, source: str) -> None:
-    """Sizes that fit together."""
+    """Sizes that fit together, and that a machine can hold."""
+    positions = 0 if config.rope else config.block_size
+    widest = max(config.vocab_size, positions, config.n_head * config.head_size, config.intermediate_size)
+    if widest * config.n_embd > MOST_ELEMENTS:
+        raise UsageError(f"{source}: a tensor of {widest:,} x {config.n_embd:,} is larger than any model's.")
     if config.n_head % config.n_query_groups:
         raise UsageError(
             f"{source}: {config.n_head} attention heads cannot be shared by {config.n_query_groups} key/value heads."
@@ -440,10 +460,13 @@ def _check(config: Config, source: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises UsageError, naming the file, if it is absent, broken or not an object."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold a JSON object, not a {type(content).__name__}.")

@@ -6,6 +6,7 @@ rsLoRA (arXiv 2312.03732) scales by alpha / √r in place of alpha / r. DoRA (ar
 every row of W + scale · B A. Names and formulas are PEFT's, so that an adapter means the same there."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
@@ -19,6 +20,7 @@ from litfreeze.config import Config
 from litfreeze.model import CAST, GPT, linear, meta_parameters
 
 TINY = torch.finfo(torch.float32).tiny
+MOST_RANK = 2**20  # far above any adapter's, and what memory could be asked for
 A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
 
 
@@ -54,14 +56,17 @@ class LoRA:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "LoRA":
-        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for anything else."""
-        targets = {str(name): (int(t["r"]), float(t["alpha"])) for name, t in saved["targets"].items()}
-        ranks, alphas = ({name: t[i] for name, t in targets.items()} for i in (0, 1))
-        dropout = float(saved["dropout"])
-        fine = targets and min(ranks.values()) >= 1 and all(0 < alpha < math.inf for alpha in alphas.values())
-        if not fine or not 0 <= dropout <= 1:
-            raise ValueError("an adapter needs targets, each of rank 1 or more and with an alpha above 0")
-        return cls(ranks, alphas, dropout, bool(saved["rslora"]), bool(saved["dora"]))
+        """The inverse of `to_dict`. Raises AttributeError, KeyError, TypeError or ValueError for anything else."""
+        targets, dropout = saved["targets"], saved["dropout"]
+        ranks, alphas = ({name: target[key] for name, target in targets.items()} for key in ("r", "alpha"))
+        if not ranks or not all(type(r) is int and 1 <= r <= MOST_RANK for r in ranks.values()):
+            raise ValueError("an adapter needs targets, each of rank 1 or more")
+        if not all(0 < alpha <= sys.float_info.max for alpha in alphas.values()) or not 0 <= dropout <= 1:
+            raise ValueError("an alpha is a number above 0, and dropout one from 0 to 1")
+        if not all(isinstance(saved[flag], bool) for flag in ("rslora", "dora")):
+            raise ValueError("rslora and dora are true or false")
+        alphas = {name: float(alpha) for name, alpha in alphas.items()}
+        return cls(ranks, alphas, float(dropout), saved["rslora"], saved["dora"])
 
     def resized(self, r: int) -> "LoRA":
         """The same adapter with rank `r` throughout; alpha grows along, so that the scale stays what it was."""

@@ -44,7 +44,7 @@ def step_name(step: int) -> str:
 
 def kept_steps(folder: Path) -> list[Path]:
     """The folders in `folder` of what was kept after some steps, newest first."""
-    return sorted(folder.glob("step-*"), key=step_of, reverse=True)
+    return sorted((f for f in folder.glob("step-*") if f.name[5:].isdecimal()), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:

@@ -4,20 +4,17 @@
 text is cut and what is added around it; the other JSON files only name the special tokens and the template.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import sentencepiece
 import tokenizers
 
+from litfreeze.chat_template import ChatTemplate
+from litfreeze.config import read_json
 from litfreeze.errors import UsageError
 
 TOKENIZER_FILES = (
@@ -90,8 +87,8 @@ class Tokenizer:
             raise UsageError(f"No tokenizer in {path}: it has neither tokenizer.json nor tokenizer.model.")
 
         generation, model = _read_json(path / "generation_config.json"), _read_json(path / "config.json")
-        end_ids = [i for found in (generation, model) for i in _id_list(found.get("eos_token_id"))]
-        bos_id = next((i for found in (generation, model) for i in _id_list(found.get("bos_token_id"))), None)
+        end_ids = [i for found in (generation, model) for i in _id_list(path, found, "eos_token_id")]
+        bos_id = next((i for found in (generation, model) for i in _id_list(path, found, "bos_token_id")), None)
         return cls(backend, special, end_ids, bos_id, _read_chat_template(path, config))
 
     def _special_id(self, name: str, otherwise: int | None) -> int | None:
@@ -186,25 +183,18 @@ class Tokenizer:
             raise UsageError("This checkpoint has no chat template; choose another prompt style.")
         variables = {"tools": None, "documents": None, **self.special_tokens, **arguments}
         try:
-            parts = self._compiled_template.generate(
-                messages=messages, add_generation_prompt=add_generation_prompt, **variables
+            text = self._template.render(
+                {**variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
             )
-            return "".join(_at_most(MAX_RENDERED, parts))
+            text.encode("utf-8")  # half of a surrogate pair is no text
+            return text
         except Exception as error:  # a template is a program of someone else's: anything may come out of it
             told = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"The checkpoint's chat template failed: {told}") from error
 
     @cached_property
-    def _compiled_template(self) -> jinja2.Template:
-        environment = _ChatEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": lambda form: datetime.now().strftime(form),
-        }
-        return environment.from_string(self.chat_template)
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.chat_template)
 
 
 class TextStream:
@@ -255,7 +245,11 @@ class _TokenizersBackend:
         self._tokenizer.no_padding()
 
     def encode_batch(self, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special_tokens)]
+        try:
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
+        except Exception as error:  # the library raises nothing narrower
+            raise UsageError(f"The tokenizer cannot encode the text: {error}") from error
+        return [e.ids for e in encoded]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -264,7 +258,7 @@ class _TokenizersBackend:
         return self._tokenizer.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
-        return self._tokenizer.id_to_token(token_id)
+        return self._tokenizer.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
     def special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
@@ -346,68 +340,9 @@ class _SentencePieceBackend:
         return max(self._size - 1, *self._texts) + 1
 
 
-MAX_RENDERED = 10_000_000  # characters of one rendered conversation
-
-
-class _ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's sandbox (no access to Python's internals, bounded `range`), without blowing up numbers or strings."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context, operator, left, right):
-        for value in (left, right):
-            if isinstance(value, int | float) and abs(value) > MAX_RENDERED:
-                raise jinja2.exceptions.SecurityError(f"{operator} with a number that large")
-        if operator == "**" and isinstance(right, int | float) and abs(right) > 64:
-            raise jinja2.exceptions.SecurityError("a power that large")
-        if operator == "*" and any(
-            hasattr(value, "__len__") and isinstance(times, int) and len(value) * times > MAX_RENDERED
-            for value, times in ((left, right), (right, left))
-        ):
-            raise jinja2.exceptions.SecurityError("a text repeated that often")
-        return super().call_binop(context, operator, left, right)
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`, with which some templates mark the assistant's text: passed through."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """jinja2's own filter escapes <, > and & for HTML, which a chat template does not want."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _at_most(limit: int, parts: Iterator[str]) -> Iterator[str]:
-    length = 0
-    for part in parts:
-        length += len(part)
-        if length > limit:
-            raise jinja2.exceptions.SecurityError(f"it writes more than {limit:,} characters")
-        yield part
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def _read_text(path: Path) -> str:
@@ -417,8 +352,12 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"{path} cannot be read: {error}") from error
 
 
-def _id_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _id_list(path: Path, found: Mapping[str, Any], name: str) -> list[int]:
+    value = found.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise UsageError(f"{path}: {name} is {value!r}; it must be a token's id, a list of them or null.")
+    return ids
 
 
 def _read_chat_template(path: Path, config: dict[str, Any]) -> str | None:
@@ -426,5 +365,8 @@ def _read_chat_template(path: Path, config: dict[str, Any]) -> str | None:
         return _read_text(path / "chat_template.jinja")
     template = _read_json(path / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(template, list):
-        template = next((item["template"] for item in template if item.get("name") == "default"), None)
+        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, str | None):
+        raise UsageError(f"{path}: its chat template is a {type(template).__name__}; it must be text.")
     return template

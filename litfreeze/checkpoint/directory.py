@@ -10,7 +10,8 @@ Hugging Face and PEFT directories are opened the same way; their tensors are ren
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from litfreeze.checkpoint.convert.hf import HFTensors
 from litfreeze.checkpoint.convert.peft import PEFTTensors
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
+from litfreeze.checkpoint.manifest import MANIFEST, read_manifest
 from litfreeze.checkpoint.tensors import Layout, TensorDirectory, same_bits, sha256
 from litfreeze.config import Config, read_json
 from litfreeze.errors import UsageError
@@ -29,10 +31,8 @@ from litfreeze.lora import LoRA, add_lora, is_lora, linear_layers, model_paramet
 from litfreeze.model import GPT
 from litfreeze.tokenizer import Tokenizer
 
-MANIFEST = "litfreeze.json"
 WHOLE, TRAINED = "whole", "trained"  # what a directory of ours holds
 STEMS = {WHOLE: "litfreeze", TRAINED: "trained"}  # the names of its weights' file
-FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,15 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer:
         """Raises UsageError if the directory has none."""
         return Tokenizer.from_dir(self.tokenizer_dir)
+
+    def check_tokens(self, tokens: Iterable[int]) -> None:
+        """Raises UsageError if one of `tokens` has no embedding in this model."""
+        known = self.config.vocab_size
+        if (top := max(tokens, default=0)) >= known:
+            raise UsageError(
+                f"{self.path}: the tokenizer gives id {top}, but the model has {known} embeddings. "
+                "The tokenizer belongs to another model."
+            )
 
     @property
     def prompt(self) -> Optional[dict[str, Any]]:
@@ -163,7 +172,10 @@ def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, for
     all the same, an embedding or head beside a PEFT adapter, and a Hugging Face base whose files are not those on
     record). Raises UsageError naming the file and what is wrong with it."""
     path = Path(path)
-    if not path.is_dir():
+    here = False
+    with suppress(OSError):  # a name that is too long, say
+        here = path.is_dir()
+    if not here:
         raise UsageError(
             f"{path} is no directory here. A checkpoint is a local litfreeze, Hugging Face or PEFT directory; nothing "
             "is downloaded."
@@ -174,7 +186,7 @@ def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, for
         raise UsageError(f"{path} has no config.json, so it is no checkpoint.{_nearby(path)}")
     hf_config = read_json(path / "config.json")
     config = Config.from_hf(hf_config, str(path / "config.json"))
-    manifest = _read_manifest(path) if (path / MANIFEST).is_file() else None
+    manifest = read_manifest(path) if (path / MANIFEST).is_file() else None
     if manifest is not None and manifest.get("holds") == TRAINED:
         return _open_over_base(path, hf_config, config, manifest, base_dir, force_base)
     if base_dir is not None or force_base:
@@ -188,22 +200,10 @@ def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, for
     _check_shapes(stored, shapes)
     if missing := [name for name in shapes if name not in stored]:
         raise UsageError(f"{path}: tensor {missing[0]} is missing from its weights.")
+    if unknown := [name for name in shapes if name not in manifest["tensors"]]:
+        raise UsageError(f"{path / MANIFEST} has no hash of {unknown[0]}: it is damaged.")
     dtypes = {name: stored.layout(name)[0] for name in stored}
     return Checkpoint(path, path, hf_config, config, stored, dtypes, manifest)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = read_json(path / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise UsageError(f"{path / MANIFEST} has format {manifest.get('format')!r}; this litfreeze reads {FORMAT}.")
-    if not isinstance(manifest.get("weights_hash"), str) or not isinstance(manifest.get("tensors"), dict):
-        raise UsageError(f"{path / MANIFEST} has no hashes: it is damaged, or not written by litfreeze.")
-    runs = [manifest.get("training") or {}, *manifest.get("history", [])]
-    for run in runs:
-        figures = ("step", "epochs", "tokens") if run else ()
-        if not isinstance(run, dict) or not all(isinstance(run.get(key), (int, float)) for key in figures):
-            raise UsageError(f"{path / MANIFEST}: what it says of its training is damaged.")
-    return manifest
 
 
 def _open_over_base(
@@ -267,7 +267,7 @@ def open_beneath(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Pat
         raise UsageError(f"{path / MANIFEST} names no base: it is damaged.")
     # What moved along with the checkpoint comes before what stands where the base once was
     places = [Path(base_dir)] if base_dir is not None else [path / known["from_here"], Path(known["path"])]
-    places = list(dict.fromkeys(place.resolve() for place in places if (place / "config.json").is_file()))
+    places = list(dict.fromkeys(place.resolve() for place in places if _has_config(place)))
     if base_dir is None and path.resolve() in places:
         places.remove(path.resolve())
     if not places and base_dir is not None:
@@ -293,6 +293,13 @@ def open_beneath(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Pat
     )
 
 
+def _has_config(place: Path) -> bool:
+    """Whether a checkpoint may be there. What a file names as a place can be anything."""
+    with suppress(OSError):  # a name that is too long, say
+        return (place / "config.json").is_file()
+    return False
+
+
 def _stamps(path: Path) -> dict[str, list[int]]:
     """Size and time of change (ns) of the files that weights can stand in."""
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
@@ -304,7 +311,7 @@ def _open_peft(path: Path, base_dir: Optional[Path | str]) -> Checkpoint:
     settings = read_json(path / PEFT_CONFIG)
     named = settings.get("base_model_name_or_path")
     place = Path(base_dir) if base_dir is not None else Path(named) if isinstance(named, str) and named else None
-    if place is None or not (place / "config.json").is_file():
+    if place is None or not _has_config(place):
         what = f"--base_dir {base_dir}" if base_dir is not None else f"its base, {named!r},"
         raise UsageError(f"{path} is an adapter, and {what} is no directory here. Name the base with --base_dir.")
     base = open_checkpoint(place)

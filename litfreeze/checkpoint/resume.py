@@ -3,6 +3,7 @@
 Kept in `resume/step-000010/` inside a run's folder, each of them whole or not there at all; the last few stay, so that
 one that was damaged has another behind it. They go when the run is done."""
 
+import hashlib
 import json
 import mmap
 from collections.abc import Callable, Collection, Mapping
@@ -101,7 +102,9 @@ def write_point(run_dir: Path, step: int, state: Mapping[str, Tensor], facts: Ma
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     with whole_directory(place) as aside:
         hashes = write_tensors(aside, STATE, layout, state.__getitem__, max_shard_bytes=2**63)
-        write_text(aside / FACTS, json.dumps({**facts, "tensors": hashes}, indent=2, ensure_ascii=False) + "\n")
+        facts = json.loads(json.dumps({**facts, "tensors": hashes}))  # as they will be read
+        signed = {**facts, "sha256": _digest(facts)}
+        write_text(aside / FACTS, json.dumps(signed, indent=2, ensure_ascii=False) + "\n")
     for old in points(run_dir)[keep:]:
         remove_directory(old)
 
@@ -131,8 +134,8 @@ def newest_point(run_dir: Path) -> Point:
 def read_facts(point: Path) -> dict[str, Any]:
     """What stands beside the tensors of `point`, whose hashes are checked. Raises UsageError if it is damaged."""
     facts = read_json(point / FACTS)
-    if not isinstance(facts.get("tensors"), dict) or not isinstance(facts.get("recipe"), str):
-        raise UsageError(f"{point / FACTS} is damaged.")
+    if facts.pop("sha256", None) != _digest(facts):
+        raise UsageError(f"{point / FACTS} is damaged (its sha256 is not the one on record).")
     file = _state_file(point)
     for name, (dtype, _) in file.layout.items():
         if sha256(file.read(name), dtype) != facts["tensors"].get(name):
@@ -140,6 +143,10 @@ def read_facts(point: Path) -> dict[str, Any]:
     if missing := facts["tensors"].keys() - file.layout.keys():
         raise UsageError(f"{file.path}: {min(missing)} is missing.")
     return facts
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -50,9 +50,9 @@ class TensorFile:
         self.places: dict[str, tuple[int, int]] = {}  # of a .safetensors: first byte of a tensor, and how many
         self.unpickled: dict[str, Tensor] = {}  # of a .bin: mapped, and what was read of it
         self.touched = 0
-        if not path.is_file():
-            raise UsageError(f"{path} does not exist.")
         try:
+            if not path.is_file():
+                raise UsageError(f"{path} does not exist.")
             self.layout = self._safetensors_layout() if path.suffix == ".safetensors" else self._pickle_layout()
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path} is truncated or no safetensors file ({error}). Download it again.") from None

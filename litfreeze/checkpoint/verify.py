@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from litfreeze.checkpoint.directory import MANIFEST, Checkpoint, open_checkpoint, weights_hash
+from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint, weights_hash
+from litfreeze.checkpoint.manifest import MANIFEST
 from litfreeze.checkpoint.resume import points, read_facts
 from litfreeze.checkpoint.tensors import hash_file, sha256
-from litfreeze.config import read_json
 from litfreeze.errors import UsageError
 from litfreeze.outputs import BEST, FINAL, MERGED_BASE, kept_steps
 
@@ -47,17 +47,16 @@ def _verify_checkpoint(path: Path) -> Verdict:
     try:
         checkpoint = open_checkpoint(path)
         checkpoint.tokenizer()
-        _check_files(path)
+        _check_files(checkpoint)
         return Verdict(path, _check_tensors(checkpoint))
     except UsageError as error:
         return Verdict(path, "checkpoint", str(error))
 
 
-def _check_files(path: Path) -> None:
+def _check_files(checkpoint: Checkpoint) -> None:
     """The files that the manifest lists, if there is one. Raises UsageError."""
-    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
-    for name, known in manifest.get("files", {}).items():
-        file = path / name
+    for name, known in (checkpoint.manifest or {}).get("files", {}).items():
+        file = checkpoint.path / name
         if not file.is_file():
             raise UsageError(f"{file} is missing.")
         if (size := file.stat().st_size) != known["bytes"]:

@@ -14,7 +14,8 @@ from litfreeze import __version__
 from litfreeze.checkpoint.convert.hf import as_hf
 from litfreeze.checkpoint.convert.peft import as_peft
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
-from litfreeze.checkpoint.directory import FORMAT, MANIFEST, STEMS, TRAINED, WHOLE, Checkpoint, identity, weights_hash
+from litfreeze.checkpoint.directory import STEMS, TRAINED, WHOLE, Checkpoint, identity, weights_hash
+from litfreeze.checkpoint.manifest import FORMAT, MANIFEST
 from litfreeze.checkpoint.tensors import Layout, hash_file, whole_directory, write_tensors, write_text
 from litfreeze.errors import UsageError
 from litfreeze.tokenizer import TOKENIZER_FILES

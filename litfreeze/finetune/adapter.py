@@ -10,7 +10,7 @@ from litfreeze.errors import UsageError
 from litfreeze.freeze.layers import format_layers, parse_layers
 from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.freeze.words import adapter_targets, thawing_layers, weights_in_full
-from litfreeze.lora import LoRA, fresh_tensors, grown_tensors, linear_layers
+from litfreeze.lora import MOST_RANK, LoRA, fresh_tensors, grown_tensors, linear_layers
 
 FRESH = {"lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05, "use_rslora": False, "use_dora": False}
 LR = 2e-4  # of a new adapter; Dettmers et al., arXiv 2305.14314, for models up to 13B
@@ -85,7 +85,8 @@ def _fresh(checkpoint: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint
 
 def _continued(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint, FreezePlan, list[str]]:
     lora = opened.lora
-    trained = (opened.manifest or {}).get("training", {}).get("trained", opened.replaced)
+    last = (opened.manifest or {}).get("training") or {}  # nothing of a PEFT adapter
+    trained = last.get("trained", opened.replaced)
     # A classifier's head always trains, a fresh one over a language model's adapter too
     in_full = [name for name in opened.replaced if name in trained or (name == HEAD and opened.config.labels)]
     _refuse_conflicts(opened, in_full, options)
@@ -101,7 +102,7 @@ def _continued(opened: Checkpoint, options: SimpleNamespace) -> tuple[Checkpoint
         told.append(f"Dropout {options.lora_dropout:g} from here on; it was {lora.dropout:g}.")
         new = LoRA(new.ranks, new.alphas, options.lora_dropout, new.rslora, new.dora)
     ratio = options.lora_plus_ratio
-    if ratio is None and (ratio := (opened.manifest or {}).get("training", {}).get("lora_plus_ratio", 1.0)) != 1:
+    if ratio is None and (ratio := last.get("lora_plus_ratio", 1.0)) != 1:
         told.append(f"B goes on at {ratio:g} times the learning rate of A (LoRA+), as before.")
     plan = FreezePlan.adapter(opened.config, new, in_full, ratio, options.full_lr_ratio)
     return opened.with_lora(new, tensors), plan, told
@@ -165,8 +166,9 @@ def _compare(name: str, asked: Any, own: Any, opened: Checkpoint, hint: str = ""
 
 
 def _check_ranges(options: SimpleNamespace) -> None:
-    if options.lora_r is not None and (not isinstance(options.lora_r, int) or options.lora_r < 1):
-        raise UsageError(f"--lora_r {options.lora_r} must be a whole number, at least 1.")
+    r = options.lora_r
+    if r is not None and (not isinstance(r, int) or not 1 <= r <= MOST_RANK):
+        raise UsageError(f"--lora_r {r} must be a whole number, from 1 to {MOST_RANK:,}.")
     if options.lora_alpha is not None and not 0 < options.lora_alpha < float("inf"):
         raise UsageError(f"--lora_alpha {options.lora_alpha:g} must be a number above 0.")
     if options.lora_dropout is not None and not 0 <= options.lora_dropout < 1:

@@ -68,12 +68,13 @@ def setup(
         prompt_style = "plain"
     style = Prompt.choose(prompt_style, checkpoint.prompt, tokenizer)
     messages = [{"role": "system", "content": system}] if system is not None else []
-    text = style.for_generation([*messages, {"role": "user", "content": prompt}])
+    ids = tokenizer.encode(style.for_generation([*messages, {"role": "user", "content": prompt}]))
+    checkpoint.check_tokens(ids)
 
     name = precision or default_precision(accelerator).replace("mixed", "true")
     fabric, kept = build_fabric(accelerator, 1, 1, name)
     model = load_model(checkpoint, lambda _: kept.frozen).to(fabric.device)
-    tokens = generate_tokens(model, tokenizer.encode(text), max_new_tokens, tokenizer.eos_ids, sampling, seed)
+    tokens = generate_tokens(model, ids, max_new_tokens, tokenizer.eos_ids, sampling, seed)
     if prompt == DEFAULT_PROMPT:
         print(f"{checkpoint.path}, asked {prompt!r} (--prompt and --checkpoint_dir choose others):", file=sys.stderr)
     answer = ""

@@ -84,6 +84,7 @@ def setup(
     for text_given, (ids, _) in zip(texts, tokens, strict=True):
         if not ids:
             raise UsageError(f"The text {text_given[:40]!r} has no tokens.")
+        checkpoint.check_tokens(ids)
 
     fabric, kept = build_fabric(accelerator, 1, 1, precision or default_precision(accelerator).replace("mixed", "true"))
     model = load_model(checkpoint, lambda _: kept.frozen).to(fabric.device)

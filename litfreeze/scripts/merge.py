@@ -1,5 +1,6 @@
 """`litfreeze merge_lora` and `litfreeze merge_delta`: what trained, folded into its base."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Optional, Union
 
@@ -120,7 +121,9 @@ def _several(checkpoint_dir: Union[str, Path, list[str], None]) -> list[str]:
         paths = [str(path) for path in checkpoint_dir]
     else:
         text = str(checkpoint_dir)
-        paths = [text] if Path(text).is_dir() else [part.strip() for part in text.split(",")]
+        paths = [part.strip() for part in text.split(",")]
+        with suppress(OSError):  # of a name that is too long
+            paths = [text] if Path(text).is_dir() else paths
     if not paths or "" in paths:
         raise UsageError("--checkpoint_dir has an empty part.")
     return [str(Path(path).expanduser()) for path in paths]

@@ -227,20 +227,18 @@ def _load(fabric: Fabric, job: Job, planned: Sequence[Stage], i: int, monitor: M
 
 def read_samples(checkpoint: Checkpoint, data: DataArgs, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
     """The samples, no longer than the model of `checkpoint` can take. Raises UsageError if it lacks some token."""
-    block_size, known = checkpoint.config.block_size, checkpoint.config.vocab_size
+    block_size = checkpoint.config.block_size
     length = data.max_seq_length or min(block_size, MAX_SEQ_LENGTH)
     if length > block_size:
         raise UsageError(f"--data.max_seq_length {length} is more than the {block_size} positions this model has.")
-    if labels := checkpoint.config.labels:
-        samples = load_classified(data, tokenizer, labels, length, checkpoint.hf_config.get("pad_token_id"))
-    else:
-        samples = load_samples(data, tokenizer, prompt, length)
-    top = max(int(sample.tokens.max()) for sample in samples.train + samples.val)
-    if top >= known:
-        raise UsageError(
-            f"{checkpoint.path}: the tokenizer gives id {top}, but the model has {known} embeddings. "
-            "The tokenizer belongs to another model."
-        )
+    try:
+        if labels := checkpoint.config.labels:
+            samples = load_classified(data, tokenizer, labels, length, checkpoint.hf_config.get("pad_token_id"))
+        else:
+            samples = load_samples(data, tokenizer, prompt, length)
+    except OverflowError:
+        raise UsageError(f"{checkpoint.path}: the tokenizer gives ids beyond those of any model.") from None
+    checkpoint.check_tokens(int(sample.tokens.max()) for sample in samples.train + samples.val)
     return samples
 
 

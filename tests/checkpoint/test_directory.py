@@ -168,7 +168,7 @@ def test_an_interrupted_write_leaves_nothing(interruption, checkpoint_dir, tmp_p
 def test_a_copy_is_the_same_checkpoint_and_texts_survive(checkpoint_dir, tmp_path):
     base = open_checkpoint(checkpoint_dir)
     fields = {**base.hf_config, "_name_or_path": "naïve 你好"}
-    manifest = {"kind": "full", "prompt": {"name": "chat", "arguments": {"system": "naïve"}}}
+    manifest = {"kind": "full", "prompt": {"style": "chat_template", "arguments": {"system": "naïve"}}}
     written = write_checkpoint(tmp_path / "out", fields, base.layout(), base.read, manifest, base.path)
     copy = open_checkpoint(tmp_path / "out")
     assert copy.manifest == written

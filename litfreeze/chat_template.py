@@ -1,0 +1,226 @@
+"""A checkpoint's chat template: a program of someone else's, run so that it can do nothing but write, and comes to an
+end.
+
+jinja2's sandbox keeps it from Python's internals. It would let it loop for hours and fill the memory, so here the turns
+of its loops, its calls and what it looks at are counted, and what would make a long text of short ones is refused."""
+
+import ast
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from datetime import datetime
+from functools import wraps
+from types import BuiltinMethodType, CodeType
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.runtime import Context, LoopContext
+
+MOST_STEPS = 5_000_000  # of one conversation: seconds; a template for people takes some hundreds
+MOST_TEXT = 10_000_000  # characters that are written, or that one operation makes
+CALL, LOOK = 30, 3  # steps that a call takes, and a look at an item
+CHARACTERS = 100  # that are made in a step
+# Filters and methods that can make far more than they are given, of a width or of two texts
+GROWING = frozenset({
+    "batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "round",
+    "slice", "sum", "to_bytes", "tojson", "translate", "zfill",
+})  # fmt: skip
+SHALLOW = frozenset({"count", "d", "default", "first", "last", "length"})  # filters that look at no item
+
+
+class ChatTemplate:
+    """The jinja source `source`, ready to render. Raises whatever jinja2 does for one that is none."""
+
+    def __init__(self, source: str) -> None:
+        self._sandbox = _Sandbox()
+        self._template = self._sandbox.from_string(source)
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """What it writes. Raises whatever a program can, and SecurityError for what is unsafe or has no end."""
+        self._sandbox.steps = 0
+        return self._sandbox.concat(self._template.generate(**variables))
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's sandbox (no access to Python's internals, bounded `range`) that counts `steps`."""
+
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def __init__(self) -> None:
+        self.steps = 0
+        extensions = [_GenerationBlock, jinja2.ext.loopcontrols]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._finished)
+        self.filters["tojson"] = _to_json
+        self.filters = {name: self._watched(name, function) for name, function in self.filters.items()}
+        self.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+        }
+        for names, name in ((self.globals, "lipsum"), (self.filters, "urlize"), (self.filters, "wordwrap")):
+            del names[name]  # no use for a prompt, and no bound
+
+    def step(self, count: int = 1) -> None:
+        """Counts, and ends what would not."""
+        self.steps += count
+        if self.steps > MOST_STEPS:
+            raise SecurityError(f"it takes more than {MOST_STEPS:,} steps")
+
+    def size(self, value: Any) -> int:
+        """Characters and items in `value`, and in what it holds."""
+        found, inside = 0, [value]
+        for one in inside:  # which grows meanwhile
+            self.step(LOOK)
+            if isinstance(one, (str, bytes, range, list, tuple, dict)):
+                found += len(one)
+            if found > MOST_TEXT:
+                raise SecurityError(f"it looks at more than {MOST_TEXT:,} characters")
+            if isinstance(one, dict):
+                inside += one.values()
+            elif isinstance(one, list | tuple):
+                inside += one
+        return found
+
+    def done(self, name: str, values: Sequence[Any], do: Callable[[], Any]) -> Any:
+        """What `do` gives: the filter, method or operator `name`, done to `values`."""
+        sizes = [self.size(value) for value in values]
+        if name in GROWING:
+            if name == "replace":
+                del sizes[1]  # of what is replaced
+            if name == "sum" and isinstance(values[0], Sized):  # of lists: each step copies what there is
+                sizes.append(len(values[0]))
+            sizes += [abs(value) for value in values[1:] if isinstance(value, int)]
+            if name.startswith("format") and isinstance(values[0], str):  # '%9999d', '{:>9999}'
+                sizes += map(int, re.findall("[0-9]+", values[0]))
+            if math.prod(sorted(sizes)[-2:]) > 10 * MOST_TEXT or max(sizes) > MOST_TEXT:
+                raise SecurityError(f"{name} would make a text that long")
+        return self.kept(do())
+
+    def kept(self, made: Any) -> Any:
+        """What an operation has made, if it is no more than it may be."""
+        if isinstance(made, str | bytes | list | tuple):
+            self.step(len(made) // CHARACTERS)
+            if len(made) > MOST_TEXT:
+                raise SecurityError(f"it makes more than {MOST_TEXT:,} characters")
+        return made
+
+    # What jinja2 calls
+
+    def concat(self, parts: Iterable[str]) -> str:
+        """The pieces that a template, a macro or a block writes, together."""
+        found, length = [], 0
+        for part in parts:
+            length += len(part)
+            if length > MOST_TEXT:
+                raise SecurityError(f"it writes more than {MOST_TEXT:,} characters")
+            found.append(part)
+        return self.kept("".join(found))
+
+    def joined(self, parts: Sequence[Any]) -> str:
+        """a ~ b ~ c"""
+        self.size(parts)
+        return self.kept("".join(map(str, parts)))
+
+    def _finished(self, value: Any) -> Any:
+        """What stands in {{ }}, before it becomes text."""
+        if not isinstance(value, str):
+            self.size(value)
+        return value
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """function(…)"""
+
+        def do() -> Any:
+            return super(_Sandbox, self).call(context, function, *args, **kwargs)
+
+        self.step(CALL)
+        name = getattr(function, "__name__", "")
+        if isinstance(function, BuiltinMethodType) or name.startswith("format"):
+            own = getattr(function, "text", None) or getattr(function, "__self__", None)
+            return self.done(name, [own, *args, *kwargs.values()], do) if name in GROWING else self.kept(do())
+        return do()
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """'…'.format, of which jinja2 makes a function that does not tell the text."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            wrapped.text = value.__self__
+        return wrapped
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """left * right"""
+
+        def do() -> Any:
+            return super(_Sandbox, self).call_binop(context, operator, left, right)
+
+        self.step()
+        if operator in ("*", "**"):
+            numbers = [value for value in (left, right) if isinstance(value, int | float)]
+            if any(abs(value) > MOST_TEXT for value in numbers):
+                raise SecurityError(f"{operator} with a number that large")
+            if operator == "**" and isinstance(right, int | float) and abs(right) > 64:
+                raise SecurityError("a power that large")
+            if len(numbers) == 1 and self.size([left, right]) * max(1, abs(numbers[0])) > MOST_TEXT:
+                raise SecurityError("a text repeated that often")
+        if operator == "%" and isinstance(left, str):
+            return self.done("format", [left, *right] if isinstance(right, tuple) else [left, right], do)
+        return self.kept(do())
+
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter, which looks at what it is given first. What comes one by one is made a list for that."""
+
+        skipped = int(hasattr(function, "jinja_pass_arg"))  # a context or environment stands first
+
+        @wraps(function)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.step(CALL)
+            args = tuple(list(one) if _comes_one_by_one(one) else one for one in args)
+            if name in SHALLOW:
+                return function(*args, **kwargs)
+            return self.done(name, [*args, *kwargs.values()][skipped:], lambda: function(*args, **kwargs))
+
+        return watched
+
+    def _compile(self, source: str, filename: str) -> CodeType:
+        """The Python that jinja2 made of a template, to code."""
+        tree = _Counting().visit(ast.parse(source, filename))
+        return compile(ast.fix_missing_locations(tree), filename, "exec")
+
+
+class _Counting(ast.NodeTransformer):
+    """Counts the turns of loops, and has the sandbox join texts."""
+
+    def visit_For(self, node: ast.For) -> ast.For:
+        self.generic_visit(node)
+        node.body[:0] = ast.parse("environment.step()").body
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.parse("environment.joined", mode="eval").body if node.id == "str_join" else node
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`, with which some templates mark the assistant's text: passed through."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def _comes_one_by_one(value: Any) -> bool:
+    return isinstance(value, Iterator) and not isinstance(value, LoopContext)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """jinja2's own filter escapes <, > and & for HTML, which a chat template does not want."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
