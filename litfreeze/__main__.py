@@ -5,6 +5,7 @@ Nothing heavy is imported: the modules named here hold signatures at their top a
 import os
 import sys
 import traceback
+from contextlib import suppress
 from typing import Optional
 
 from litfreeze.cli import NoCommand, parse
@@ -44,8 +45,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         # gloo's threads may drop what is Python's while Python comes to its end, which is a crash
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # closed, or nobody reads it
+                stream.flush()
         os._exit(code)
     return code
 

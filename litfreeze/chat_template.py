@@ -1,14 +1,15 @@
 """A checkpoint's chat template: a program of someone else's, run so that it can do nothing but write, and comes to an
 end.
 
-jinja2's sandbox keeps it from Python's internals. It would let it loop for hours and fill the memory, so here the turns
-of its loops, its calls and what it looks at are counted, and what would make a long text of short ones is refused."""
+jinja2's sandbox keeps it from Python's internals. It would let it loop for hours and fill the memory, so here a clock
+is looked at in every turn of a loop and in every call, and what would make a long text of short ones is refused."""
 
 import ast
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+import time
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Sized, ValuesView
 from datetime import datetime
 from functools import wraps
 from types import BuiltinMethodType, CodeType
@@ -20,14 +21,13 @@ import jinja2.sandbox
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.runtime import Context, LoopContext
 
-MOST_STEPS = 5_000_000  # of one conversation: seconds; a template for people takes some hundreds
+MOST_SECONDS = 10  # for one conversation; a template for people takes less than a millisecond
 MOST_TEXT = 10_000_000  # characters that are written, or that one operation makes
-CALL, LOOK = 30, 3  # steps that a call takes, and a look at an item
-CHARACTERS = 100  # that are made in a step
+MOST_DIGITS = 64  # that a number is rounded to, and the largest exponent
 # Filters and methods that can make far more than they are given, of a width or of two texts
 GROWING = frozenset({
     "batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "round",
-    "slice", "sum", "to_bytes", "tojson", "translate", "zfill",
+    "slice", "sum", "to_bytes", "tojson", "translate", "zfill", "%",
 })  # fmt: skip
 SHALLOW = frozenset({"count", "d", "default", "first", "last", "length"})  # filters that look at no item
 
@@ -41,17 +41,17 @@ class ChatTemplate:
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """What it writes. Raises whatever a program can, and SecurityError for what is unsafe or has no end."""
-        self._sandbox.steps = 0
+        self._sandbox.until = time.monotonic() + MOST_SECONDS
         return self._sandbox.concat(self._template.generate(**variables))
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's sandbox (no access to Python's internals, bounded `range`) that counts `steps`."""
+    """jinja2's sandbox (no access to Python's internals, bounded `range`), which ends `until` some moment."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.until = math.inf
         extensions = [_GenerationBlock, jinja2.ext.loopcontrols]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._finished)
         self.filters["tojson"] = _to_json
@@ -63,17 +63,16 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for names, name in ((self.globals, "lipsum"), (self.filters, "urlize"), (self.filters, "wordwrap")):
             del names[name]  # no use for a prompt, and no bound
 
-    def step(self, count: int = 1) -> None:
-        """Counts, and ends what would not."""
-        self.steps += count
-        if self.steps > MOST_STEPS:
-            raise SecurityError(f"it takes more than {MOST_STEPS:,} steps")
+    def step(self) -> None:
+        """Ends what would not."""
+        if time.monotonic() > self.until:
+            raise SecurityError(f"it takes more than {MOST_SECONDS} seconds")
 
     def size(self, value: Any) -> int:
         """Characters and items in `value`, and in what it holds."""
         found, inside = 0, [value]
         for one in inside:  # which grows meanwhile
-            self.step(LOOK)
+            self.step()
             if isinstance(one, (str, bytes, range, list, tuple, dict)):
                 found += len(one)
             if found > MOST_TEXT:
@@ -93,18 +92,20 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if name == "sum" and isinstance(values[0], Sized):  # of lists: each step copies what there is
                 sizes.append(len(values[0]))
             sizes += [abs(value) for value in values[1:] if isinstance(value, int)]
-            if name.startswith("format") and isinstance(values[0], str):  # '%9999d', '{:>9999}'
-                sizes += map(int, re.findall("[0-9]+", values[0]))
+            if name == "round" and sizes[-1] > MOST_DIGITS:
+                raise SecurityError("rounded to that many digits")
+            if name in ("format", "format_map", "%") and isinstance(values[0], str):
+                sizes += map(int, re.findall("[0-9]+", values[0]))  # '%9999d', '{:>9999}'
+                if name != "%" and re.search("{[^{}]*{", re.sub("{{|}}", "", values[0])):  # '{:>{}}'
+                    raise SecurityError("a width that is not in the text")
             if math.prod(sorted(sizes)[-2:]) > 10 * MOST_TEXT or max(sizes) > MOST_TEXT:
                 raise SecurityError(f"{name} would make a text that long")
         return self.kept(do())
 
     def kept(self, made: Any) -> Any:
         """What an operation has made, if it is no more than it may be."""
-        if isinstance(made, str | bytes | list | tuple):
-            self.step(len(made) // CHARACTERS)
-            if len(made) > MOST_TEXT:
-                raise SecurityError(f"it makes more than {MOST_TEXT:,} characters")
+        if isinstance(made, str | bytes | list | tuple) and len(made) > MOST_TEXT:
+            raise SecurityError(f"it makes more than {MOST_TEXT:,} characters")
         return made
 
     # What jinja2 calls
@@ -136,7 +137,8 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         def do() -> Any:
             return super(_Sandbox, self).call(context, function, *args, **kwargs)
 
-        self.step(CALL)
+        self.step()
+        args = tuple(map(_at_once, args))
         name = getattr(function, "__name__", "")
         if isinstance(function, BuiltinMethodType) or name.startswith("format"):
             own = getattr(function, "text", None) or getattr(function, "__self__", None)
@@ -161,37 +163,38 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             numbers = [value for value in (left, right) if isinstance(value, int | float)]
             if any(abs(value) > MOST_TEXT for value in numbers):
                 raise SecurityError(f"{operator} with a number that large")
-            if operator == "**" and isinstance(right, int | float) and abs(right) > 64:
+            if operator == "**" and isinstance(right, int | float) and abs(right) > MOST_DIGITS:
                 raise SecurityError("a power that large")
-            if len(numbers) == 1 and self.size([left, right]) * max(1, abs(numbers[0])) > MOST_TEXT:
+            if len(numbers) == 1 and (self.size(left) + self.size(right)) * max(1, abs(numbers[0])) > MOST_TEXT:
                 raise SecurityError("a text repeated that often")
         if operator == "%" and isinstance(left, str):
-            return self.done("format", [left, *right] if isinstance(right, tuple) else [left, right], do)
+            return self.done("%", [left, *right] if isinstance(right, tuple) else [left, right], do)
         return self.kept(do())
 
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter, which looks at what it is given first. What comes one by one is made a list for that."""
 
+        name = "%" if name == "format" else name  # which is what the filter does; str.format is a method
         skipped = int(hasattr(function, "jinja_pass_arg"))  # a context or environment stands first
 
         @wraps(function)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.step(CALL)
-            args = tuple(list(one) if _comes_one_by_one(one) else one for one in args)
+            self.step()
             if name in SHALLOW:
                 return function(*args, **kwargs)
+            args = tuple(map(_at_once, args))
             return self.done(name, [*args, *kwargs.values()][skipped:], lambda: function(*args, **kwargs))
 
         return watched
 
     def _compile(self, source: str, filename: str) -> CodeType:
         """The Python that jinja2 made of a template, to code."""
-        tree = _Counting().visit(ast.parse(source, filename))
+        tree = _Bounded().visit(ast.parse(source, filename))
         return compile(ast.fix_missing_locations(tree), filename, "exec")
 
 
-class _Counting(ast.NodeTransformer):
-    """Counts the turns of loops, and has the sandbox join texts."""
+class _Bounded(ast.NodeTransformer):
+    """Has the sandbox look at the clock in the turns of loops, and join texts."""
 
     def visit_For(self, node: ast.For) -> ast.For:
         self.generic_visit(node)
@@ -213,8 +216,10 @@ class _GenerationBlock(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body).set_lineno(line)
 
 
-def _comes_one_by_one(value: Any) -> bool:
-    return isinstance(value, Iterator) and not isinstance(value, LoopContext)
+def _at_once(value: Any) -> Any:
+    """A list of what comes one by one, so that it can be looked at before it is used."""
+    one_by_one = isinstance(value, Iterator | KeysView | ValuesView | ItemsView) and not isinstance(value, LoopContext)
+    return list(value) if one_by_one else value
 
 
 def _raise_exception(message: str) -> None:

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Optional, Union
 
@@ -121,24 +120,31 @@ def launch(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
             reason = " ".join(str(error).split())[:160]
             raise RunError(f"Another process of this run was lost; see what it said last. ({reason})") from None
 
+    done = threading.Event()
+
     def of_first(fabric: Fabric, *arguments: Any) -> Any:
         started = getattr(fabric.strategy.launcher, "procs", [])
         if children := list(started):
             started.clear()  # Fabric would kill this process as soon as it sees that one of them has failed
-            threading.Thread(target=_leave_if_one_is_lost, args=(children,), daemon=True).start()
-        return of_one(fabric, *arguments)
+            threading.Thread(target=_leave_if_one_is_lost, args=(children, done), daemon=True).start()
+        try:
+            return of_one(fabric, *arguments)
+        finally:
+            done.set()
 
     if _started_by_fabric():
         return of_one(fabric, *arguments)
     return fabric.launch(of_first, *arguments)
 
 
-def _leave_if_one_is_lost(children: Sequence[subprocess.Popen]) -> None:
-    """Ends this process and `children` some time after one of these has failed: a GPU's collective would wait for it
-    for as long as its timeout says."""
+def _leave_if_one_is_lost(children: Sequence[subprocess.Popen], done: threading.Event) -> None:
+    """Ends this process and `children` some time after one of these has failed, unless it is `done` by then: a GPU's
+    collective would wait for it for as long as its timeout says."""
     while not any(child.poll() for child in children):  # a code other than 0
-        time.sleep(1)
-    time.sleep(GRACE)
+        if done.wait(1):
+            return
+    if done.wait(GRACE):
+        return
     for child in children:
         child.kill()
     print("error: Another process of this run was lost; see what it said last.", file=sys.stderr, flush=True)

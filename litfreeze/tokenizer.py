@@ -87,8 +87,9 @@ class Tokenizer:
             raise UsageError(f"No tokenizer in {path}: it has neither tokenizer.json nor tokenizer.model.")
 
         generation, model = _read_json(path / "generation_config.json"), _read_json(path / "config.json")
-        end_ids = [i for found in (generation, model) for i in _id_list(path, found, "eos_token_id")]
-        bos_id = next((i for found in (generation, model) for i in _id_list(path, found, "bos_token_id")), None)
+        given = ((path / "generation_config.json", generation), (path / "config.json", model))
+        end_ids = [i for file, found in given for i in _id_list(file, found, "eos_token_id")]
+        bos_id = next((i for file, found in given for i in _id_list(file, found, "bos_token_id")), None)
         return cls(backend, special, end_ids, bos_id, _read_chat_template(path, config))
 
     def _special_id(self, name: str, otherwise: int | None) -> int | None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from stops import ctrl_c_in_step
 
 from litfreeze.__main__ import main
 from litfreeze.checkpoint.directory import open_checkpoint
 from litfreeze.choose.words import METHODS
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE
 from litfreeze.freeze.plan import block_of
-from litfreeze.train import loop
 
 QUICK = ["--train.max_steps", "2", "--train.global_batch_size", "4", "--train.watch_interval", "0",
          "--eval.max_samples", "4", "--eval.max_new_tokens", "2"]  # fmt: skip
@@ -119,18 +119,10 @@ def test_a_run_trains_the_best_and_keeps_their_ids(capsys, tmp_path, method):
     assert sorted(map(int, str(recipe["trainable_layers"]).split(","))) == sorted({*best, 7})
 
 
-def test_a_run_that_goes_on_ranks_nothing_again(capsys, tmp_path, monkeypatch):
-    run, plain, taken = tmp_path / "run", loop._step, []
-
-    def step(*given):
-        taken.append(1)
-        if len(taken) == 2:
-            raise KeyboardInterrupt
-        return plain(*given)
-
+def test_a_run_that_goes_on_ranks_nothing_again(capsys, tmp_path):
+    run = tmp_path / "run"
     words = ["--out_dir", str(run), "--trainable_layers", "rank:random:2", "--train.save_interval", "1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", step)
+    with ctrl_c_in_step(2):
         assert main(["finetune", "full", *words, *QUICK]) == 130
     assert "Ranked by random" in capsys.readouterr().out
     assert main(["finetune", "full", "--resume", str(run)]) == 0

@@ -71,7 +71,8 @@ def take_state(
 def _copies(tensors: Collection[Tensor]) -> Callable[[Tensor], Tensor]:
     """What copies each of `tensors` to the CPU. Memory for all is taken at once, in large pages where Linux has them:
     to clear it page by page takes the kernel several times as long as copying does."""
-    room = mmap.mmap(-1, sum(map(_rounded_up, tensors)) or 1)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # of shared memory Linux has no large pages
+    room = mmap.mmap(-1, sum(map(_rounded_up, tensors)) or 1, flags=private)
     with suppress(AttributeError, OSError):
         room.madvise(mmap.MADV_HUGEPAGE)
     free = torch.frombuffer(room, dtype=torch.uint8)
@@ -134,7 +135,9 @@ def newest_point(run_dir: Path) -> Point:
 def read_facts(point: Path) -> dict[str, Any]:
     """What stands beside the tensors of `point`, whose hashes are checked. Raises UsageError if it is damaged."""
     facts = read_json(point / FACTS)
-    if facts.pop("sha256", None) != _digest(facts):
+    if "sha256" not in facts:
+        raise UsageError(f"{point / FACTS} has no sha256: an earlier litfreeze, which can go on from it, or damage.")
+    if facts.pop("sha256") != _digest(facts):
         raise UsageError(f"{point / FACTS} is damaged (its sha256 is not the one on record).")
     file = _state_file(point)
     for name, (dtype, _) in file.layout.items():

@@ -4,7 +4,7 @@ from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.data.args import DataArgs
 from litfreeze.data.batches import Batch, build_batch, epoch_order
 from litfreeze.data.prompt import Prompt
-from litfreeze.train.run import read_samples
+from litfreeze.train.prepare import read_samples
 
 
 def draw_batches(checkpoint: Checkpoint, data: DataArgs, count: int, micro_batch_size: int, seed: int) -> list[Batch]:

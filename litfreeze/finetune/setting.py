@@ -185,7 +185,14 @@ def recipe_yaml(script: Callable[..., Any], options: Mapping[str, Any]) -> str:
     chosen = _changed({name: value for name, value in options.items() if name not in left_out}, defaults)
     for name in [name for name in chosen if getattr(defaults[name], "flat", False)]:
         chosen |= chosen.pop(name)
-    return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+    return yaml.dump(chosen, Dumper=_Plain, sort_keys=False, allow_unicode=True)
+
+
+class _Plain(yaml.SafeDumper):
+    """Nothing refers to something else, which `--config` would not take, even where two options are the same list."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

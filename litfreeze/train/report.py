@@ -4,7 +4,6 @@ import json
 import resource
 import shlex
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from litfreeze.checkpoint.tensors import write_text
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.config import DROPOUT
 from litfreeze.confusion import table
-from litfreeze.data.samples import IGNORE, Sample, Samples
+from litfreeze.data.samples import IGNORE, Samples
 from litfreeze.demo import MODEL_DIR
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import Thrift, describe_memory, estimate_memory
@@ -26,45 +25,13 @@ from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
 from litfreeze.freeze.thaw import Stage
 from litfreeze.outputs import FINAL, RECIPE, RESULTS
 from litfreeze.sizes import megabytes
-from litfreeze.tokenizer import Tokenizer
+from litfreeze.train.exchange import Exchange
 from litfreeze.train.job import Job
 from litfreeze.train.loop import Schedule
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.outcome import Outcome, Scores
 from litfreeze.train.pictures import draw_blocks, draw_confusion, draw_losses
 from litfreeze.train.watch import ROWS, Seen
-
-
-@dataclass
-class Exchange:
-    """One record, and what the model answered to it before and after training."""
-
-    prompt_tokens: list[int]
-    prompt: str  # with its special tokens
-    question: str  # what a person would type to ask it again
-    expected: str
-    before: str = ""
-    after: str = ""
-    given: str = "Prompt"  # what the prompt is to the model
-
-    @classmethod
-    def first(cls, tokenizer: Tokenizer, samples: list[Sample]) -> "Exchange":
-        """Of the first sample; of plain text, its first tokens are the prompt."""
-        sample = next((s for s in samples if len(s.response_tokens)), samples[0])
-        cut = min(len(sample.prompt_tokens), len(sample.tokens) - 1) or min(16, len(sample.tokens) // 2)
-        expected = sample.response_tokens if cut == len(sample.prompt_tokens) else sample.tokens[cut:]
-        prompt = sample.tokens[:cut].tolist()
-        lines = [line.strip() for line in tokenizer.decode(prompt).splitlines() if len(line.split()) > 1]
-        shown = tokenizer.decode(prompt, skip_special_tokens=False)
-        return cls(prompt, shown, lines[-1] if lines else "Hello", tokenizer.decode(expected.tolist()))
-
-    @classmethod
-    def classified(cls, tokenizer: Tokenizer, sample: Sample, labels: Sequence[str]) -> "Exchange":
-        """Of a text and its class."""
-        prompt = sample.prompt_tokens.tolist()
-        text = tokenizer.decode(prompt)
-        question = textwrap.shorten(text, 100, placeholder="") or "Hello"
-        return cls(prompt, text, question, labels[sample.labels[-1]], given="Text")
 
 
 @dataclass(frozen=True)

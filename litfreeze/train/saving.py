@@ -18,10 +18,10 @@ from litfreeze.errors import RunError
 from litfreeze.launch import on_first
 from litfreeze.outputs import BEST, FINAL
 from litfreeze.shards import whole
+from litfreeze.train.exchange import Exchange
 from litfreeze.train.keep import Keeper
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.outcome import Outcome
-from litfreeze.train.report import Exchange
 from litfreeze.train.shard import is_sharded
 from litfreeze.train.stage import Ready
 

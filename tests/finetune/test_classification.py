@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stops import ctrl_c_in_step
 
 from litfreeze.__main__ import main
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
@@ -21,7 +22,6 @@ from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.generate.classify import setup as classify
-from litfreeze.train import loop
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 FEW = TrainArgs(lr=5e-3, max_steps=4, global_batch_size=16, micro_batch_size=8)
@@ -188,21 +188,12 @@ def test_kept_activations_change_nothing(tmp_path, records, layers):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_resumed_run_is_its_twin(tmp_path, records, monkeypatch, method):
+def test_a_resumed_run_is_its_twin(tmp_path, records, method):
     script = {"full": finetune_full, "lora": finetune_lora}[method]
     train = replace(FEW, max_steps=6, save_interval=2)
     words = {"data": DataArgs(path=records), "trainable_layers": "10,11", "checkpoint_dir": MODEL_DIR}
     whole = run(tmp_path / "whole", script, replace(train, lr=None), **words)
-    plain, taken = loop._step, []
-
-    def step(*args):
-        taken.append(1)
-        if len(taken) == 5:
-            raise KeyboardInterrupt
-        return plain(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_step", step)
+    with ctrl_c_in_step(5), pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", script, replace(train, lr=None), **words)
     resumed = script(resume=tmp_path / "cut")
     ours, twins = trained(resumed), trained(whole)

@@ -131,7 +131,7 @@ def test_options_that_contradict_the_adapter_are_errors_that_name_both(tmp_path,
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ({"lora_r": 0}, "--lora_r 0 must be a whole number, at least 1"),
+        ({"lora_r": 0}, "--lora_r 0 must be a whole number, from 1 to 1,048,576"),
         ({"lora_alpha": -16}, "--lora_alpha -16 must be a number above 0"),
         ({"lora_alpha": float("nan")}, "--lora_alpha nan"),
         ({"lora_dropout": 1.0}, "--lora_dropout 1 must be"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from stops import ctrl_c_in_step
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.demo import MODEL_DIR
@@ -23,7 +24,6 @@ from litfreeze.freeze.words import plan_from_words
 from litfreeze.lora import LoRA, fresh_tensors, linear_layers
 from litfreeze.model import CAST, linear
 from litfreeze.precision import PRECISIONS
-from litfreeze.train import loop
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -217,20 +217,11 @@ def test_an_adapter_trains_over_quantised_weights(precision, tmp_path):
     assert result.outcome.after.loss < result.outcome.before.loss
 
 
-def test_a_resumed_run_is_its_uninterrupted_twin_and_keeps_its_kind(tmp_path, monkeypatch):
+def test_a_resumed_run_is_its_uninterrupted_twin_and_keeps_its_kind(tmp_path):
     words = {"trainable_layers": "4", "eval": QUICK, "frozen": FrozenArgs(freeze_quantize="nf4", cache="off")}
     words["train"] = replace(FEW, save_interval=2)
     whole = finetune_full(out_dir=tmp_path / "whole", **words)
-    plain_step, taken = loop._step, []
-
-    def step(*args):
-        taken.append(1)
-        if len(taken) == 4:
-            raise KeyboardInterrupt
-        return plain_step(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_step", step)
+    with ctrl_c_in_step(4), pytest.raises(KeyboardInterrupt):
         finetune_full(out_dir=tmp_path / "cut", **words)
     with pytest.raises(UsageError, match=r"--freeze_quantize int8 stands beside --resume.*made with nf4"):
         finetune_full(resume=tmp_path / "cut", frozen=FrozenArgs(freeze_quantize="int8"))
@@ -285,7 +276,7 @@ def test_a_device_on_which_it_does_not_run_is_refused(monkeypatch):
         check_quantize(plan_from_words(DEMO.config, "0", "mlp"), "nf4", torch.device("meta"))
 
 
-def test_what_may_become_a_prefix_is_not_quantised(tmp_path, monkeypatch):
+def test_what_may_become_a_prefix_is_not_quantised(tmp_path):
     """Below the first stage lies what is kept for other runs, under the hash of the plain weights."""
     words = {"eval": QUICK, "thaw": ThawArgs(unfreeze="0:9; 2:4"), "train": FEW}
 

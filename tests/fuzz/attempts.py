@@ -62,7 +62,8 @@ def limits(told: str):
         raise Hang(f"more than {SECONDS} s: {told}")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    statm = Path("/proc/self/statm")
+    used = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 2**40  # not Linux
     earlier = signal.signal(signal.SIGALRM, too_long)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
     signal.setitimer(signal.ITIMER_REAL, SECONDS)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stops import ctrl_c_in_step
 
 from litfreeze.__main__ import main
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE
-from litfreeze.train import loop
 
 
 @pytest.fixture(scope="session")
@@ -72,21 +72,10 @@ def pickled(out: Path, get) -> None:
 
 def interrupted(out: Path, _) -> None:
     """A run that was stopped in its third step, with points to go on from."""
-    plain, taken = loop._step, []
-
-    def step(*args):
-        taken.append(1)
-        if len(taken) == 3:
-            raise KeyboardInterrupt
-        return plain(*args)
-
-    loop._step = step
-    try:
-        words = ["lora", *SHORT, "--train.save_interval", "1", "--trainable_layers", "11"]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            assert main(["finetune", *words, "--data", str(TRAIN_FILE), "--out_dir", str(out)]) == 130
-    finally:
-        loop._step = plain
+    words = ["lora", *SHORT, "--train.save_interval", "1", "--trainable_layers", "11"]
+    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with ctrl_c_in_step(3), quiet[0], quiet[1]:
+        assert main(["finetune", *words, "--data", str(TRAIN_FILE), "--out_dir", str(out)]) == 130
 
 
 SEEDS = {

@@ -18,7 +18,7 @@ from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import FrozenArgs, ThawArgs
 from litfreeze.scripts.init import setup as init
 from litfreeze.train import compiled as compiled_module
-from litfreeze.train import run as run_module
+from litfreeze.train import prepare as prepare_module
 from litfreeze.train import stage as stage_module
 from litfreeze.train.args import EvalArgs, TrainArgs
 from litfreeze.train.compiled import check_compile
@@ -84,7 +84,7 @@ def without_code(monkeypatch, backend="aot_eager"):
     has no time."""
     plain = compiled_module.compile_blocks
     monkeypatch.setattr(stage_module, "compile_blocks", lambda gpt: plain(gpt, backend))
-    monkeypatch.setattr(run_module, "check_compile", lambda *_: None)
+    monkeypatch.setattr(prepare_module, "check_compile", lambda *_: None)
 
 
 ONE_BATCH = replace(STEPS, micro_batch_size=4, max_norm=None, activation_checkpointing=True)

@@ -23,6 +23,7 @@ from families import BLOCK_SIZE, FAMILIES, write_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from stops import ctrl_c_in_step
 from torch import nn
 
 from litfreeze.config import Config
@@ -39,7 +40,6 @@ from litfreeze.prefix import prefix as prefix_module
 from litfreeze.prefix.prefix import Prefix
 from litfreeze.prefix.store import ActivationStore
 from litfreeze.scripts.init import setup as init
-from litfreeze.train import loop
 from litfreeze.train.args import EvalArgs, TrainArgs
 from litfreeze.train.loss import NextToken
 
@@ -357,16 +357,7 @@ def test_a_resumed_run_is_its_twin_to_the_bit(run, base, monkeypatch, cache):
     how, train = {**EVERY, "cache": cache}, replace(TRAIN, save_interval=5)
     words = {"checkpoint_dir": base("qwen3"), "trainable_layers": "2,3", "train": train}
     twin = run("twin", {**how, "cache_dir": run.folder / "another cache"}, **words)
-    plain, taken = loop._step, []
-
-    def step(*args):
-        taken.append(1)
-        if len(taken) == 13:
-            raise KeyboardInterrupt
-        return plain(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_step", step)
+    with ctrl_c_in_step(13), pytest.raises(KeyboardInterrupt):
         run("cut", how, **words)
     finetune_full(resume=run.folder / "cut")
     assert same_bits(run.left("cut"), twin)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stops import ctrl_c_in_step
 from test_resume import EVAL, METHODS, TRAIN, flip_a_byte, interrupt, log, records, weights  # noqa: F401
 
 from litfreeze.__main__ import main
@@ -67,8 +68,7 @@ def test_a_point_made_twice_validates_once(tmp_path, records, monkeypatch):  # n
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         signalled(patch, 3)
         script(out_dir=cut, **words)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with ctrl_c_in_step(1), pytest.raises(KeyboardInterrupt):
         script(resume=cut)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         signalled(patch, 2)
@@ -116,7 +116,7 @@ def test_a_damaged_point_is_passed_over_and_told(tmp_path, records, monkeypatch,
     script, own = METHODS["lora"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     script(out_dir=whole, train=TRAIN, eval=EVAL, data=DataArgs(path=records), **own)
-    interrupt("lora", cut, records, monkeypatch)
+    interrupt("lora", cut, records)
     place = cut / "resume/step-000004" / file
     size = place.stat().st_size
     {
@@ -137,7 +137,7 @@ def test_a_damaged_point_is_passed_over_and_told(tmp_path, records, monkeypatch,
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, records, monkeypatch, capsys):  # noqa: F811
-    interrupt("lora", tmp_path / "cut", records, monkeypatch)
+    interrupt("lora", tmp_path / "cut", records)
     with sole_user(tmp_path / "cut") as before:
         assert before is None
         for words in ({"resume": tmp_path / "cut"}, {"resume": "auto", "out_dir": tmp_path / "cut"}):
@@ -159,16 +159,7 @@ def test_auto_begins_goes_on_and_says_when_it_is_done(tmp_path, records, monkeyp
              "--eval.max_samples", "4", "--eval.max_new_tokens", "1", "--resume", "auto"]  # fmt: skip
 
     def killed(at: int) -> None:
-        plain, taken = loop._step, []
-
-        def step(*given):
-            taken.append(1)
-            if len(taken) == at:
-                raise KeyboardInterrupt
-            return plain(*given)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "_step", step)
+        with ctrl_c_in_step(at):
             assert main(words) == 130
 
     killed(2)  # before anything was kept but the recipe
@@ -181,10 +172,9 @@ def test_auto_begins_goes_on_and_says_when_it_is_done(tmp_path, records, monkeyp
     assert main([*words, "--out_dir", "other", "--resume", "run"]) == 2
 
 
-def test_auto_does_not_begin_over_another_run(tmp_path, records, monkeypatch, capsys):  # noqa: F811
+def test_auto_does_not_begin_over_another_run(tmp_path, records, capsys):  # noqa: F811
     words = {"eval": EVAL, "data": DataArgs(path=records), "out_dir": tmp_path / "run", "resume": "auto"}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with ctrl_c_in_step(1), pytest.raises(KeyboardInterrupt):
         finetune_full(trainable_layers="11", train=replace(ONCE, max_steps=3), **words)
     (tmp_path / "run/best").mkdir()  # of a run that got further
     with pytest.raises(UsageError, match="already holds something"):

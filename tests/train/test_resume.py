@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stops import ctrl_c_in_step
 from test_optim import OPTIMIZERS
 
 from litfreeze.__main__ import main
@@ -18,7 +19,6 @@ from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import FrozenArgs
-from litfreeze.train import loop
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 # 40 records in batches of 16: three steps to an epoch, so that the interruption falls inside one
@@ -37,21 +37,10 @@ def records(tmp_path) -> Path:
     return tmp_path / "records.jsonl"
 
 
-def interrupt(
-    method: str, run_dir: Path, records: Path, monkeypatch, at: int = 6, train: TrainArgs = TRAIN, **words
-) -> None:
+def interrupt(method: str, run_dir: Path, records: Path, at: int = 6, train: TrainArgs = TRAIN, **words) -> None:
     """The run of `method`, which a Ctrl-C ends in the middle of step `at`."""
     script, own = METHODS[method]
-    plain, taken = loop._step, []
-
-    def step(*args):
-        taken.append(1)
-        if len(taken) == at:
-            raise KeyboardInterrupt
-        return plain(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_step", step)
+    with ctrl_c_in_step(at), pytest.raises(KeyboardInterrupt):
         script(out_dir=run_dir, train=train, eval=EVAL, data=DataArgs(path=records), **{**own, **words})
 
 
@@ -71,7 +60,7 @@ def test_a_resumed_run_ends_as_its_uninterrupted_twin(tmp_path, records, monkeyp
     whole = script(out_dir=tmp_path / "whole", train=TRAIN, eval=EVAL, data=DataArgs(path=records), **own)
     assert not (tmp_path / "whole/resume").exists()  # a finished run needs none
     cut = tmp_path / "cut"
-    interrupt(method, cut, records, monkeypatch)
+    interrupt(method, cut, records)
     told = capsys.readouterr().out
     assert f"litfreeze finetune {method} --resume {cut}" in told and not (cut / "final").exists()
     resumed = script(resume=cut)
@@ -92,7 +81,7 @@ def test_so_it_does_with_every_optimizer(tmp_path, records, monkeypatch, optimiz
     words = {"eval": EVAL, "data": DataArgs(path=records), **METHODS["full"][1]}
     finetune_full(out_dir=tmp_path / "whole", train=train, **words)
     frozen = FrozenArgs(fused_backward=fused)
-    interrupt("full", tmp_path / "cut", records, monkeypatch, train=train, frozen=frozen)
+    interrupt("full", tmp_path / "cut", records, train=train, frozen=frozen)
     finetune_full(resume=tmp_path / "cut")
     ours, twins = (weights(tmp_path / name / "final") for name in ("cut", "whole"))
     assert set(ours) == set(twins) and all(torch.equal(ours[name], twins[name]) for name in twins)
@@ -101,7 +90,7 @@ def test_so_it_does_with_every_optimizer(tmp_path, records, monkeypatch, optimiz
 
 def test_the_newest_run_is_found_and_paths_are_meant_from_where_it_began(tmp_path, records, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    interrupt("lora", Path("out/finetune/lora"), Path(records.name), monkeypatch)
+    interrupt("lora", Path("out/finetune/lora"), Path(records.name))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["finetune", "lora", "--resume"]) == 2
@@ -113,7 +102,7 @@ def test_the_newest_run_is_found_and_paths_are_meant_from_where_it_began(tmp_pat
 
 def test_merge_first_is_not_done_twice(tmp_path, records, monkeypatch):
     first = finetune_lora(out_dir=tmp_path / "first", train=TrainArgs(lr=1e-3, max_steps=2), eval=EVAL).checkpoint_dir
-    interrupt("lora", tmp_path / "cut", records, monkeypatch, checkpoint_dir=first, merge_first=True)
+    interrupt("lora", tmp_path / "cut", records, checkpoint_dir=first, merge_first=True)
     base = (tmp_path / "cut/base/litfreeze.safetensors").stat().st_mtime_ns
     finetune_lora(resume=tmp_path / "cut")
     assert (tmp_path / "cut/base/litfreeze.safetensors").stat().st_mtime_ns == base
@@ -151,7 +140,7 @@ def flip_a_byte(path: Path) -> None:
 )
 def test_what_cannot_be_resumed_is_told(tmp_path, records, monkeypatch, change, words, told):
     cut = tmp_path / "cut"
-    interrupt("lora", cut, records, monkeypatch)
+    interrupt("lora", cut, records)
     change(cut, records)
     before = sorted(str(path) for path in cut.rglob("*"))
     with pytest.raises(UsageError, match=told):
@@ -160,7 +149,7 @@ def test_what_cannot_be_resumed_is_told(tmp_path, records, monkeypatch, change, 
 
 
 def test_options_that_say_the_same_are_fine_and_data_may_lie_elsewhere(tmp_path, records, monkeypatch):
-    interrupt("lora", tmp_path / "cut", records, monkeypatch)
+    interrupt("lora", tmp_path / "cut", records)
     records = records.rename(tmp_path / "moved.jsonl")
     monkeypatch.setenv("LITFREEZE_TRAIN__LR", "2e-3")
     assert main(["finetune", "lora", "--resume", str(tmp_path / "cut"), "--data", str(records)]) == 0
@@ -173,7 +162,7 @@ def test_an_adapter_that_changed_under_the_run_is_told(tmp_path, records, monkey
     )
     cut = tmp_path / "cut"
     own = {"checkpoint_dir": first / "final", "trainable_layers": None, "full_layers": None, "use_dora": None}
-    interrupt("lora", cut, records, monkeypatch, **own)
+    interrupt("lora", cut, records, **own)
     shutil.rmtree(first)
     shutil.move(other, first)
     with pytest.raises(UsageError, match="the checkpoint of this run changed"):
@@ -181,7 +170,7 @@ def test_an_adapter_that_changed_under_the_run_is_told(tmp_path, records, monkey
 
 
 def test_a_run_of_another_method_or_a_finished_one_is_told(tmp_path, records, monkeypatch):
-    interrupt("lora", tmp_path / "cut", records, monkeypatch)
+    interrupt("lora", tmp_path / "cut", records)
     with pytest.raises(UsageError, match="is a run of finetune lora, not of full"):
         finetune_full(resume=tmp_path / "cut")
     done = finetune_lora(resume=tmp_path / "cut").out_dir

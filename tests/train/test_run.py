@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.cli import read_yaml
 from litfreeze.data.args import DataArgs
 from litfreeze.data.batches import build_batch
 from litfreeze.data.samples import Sample
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import RunError, UsageError
 from litfreeze.finetune.full import setup as finetune_full
+from litfreeze.finetune.setting import recipe_yaml
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.words import plan_from_words
 from litfreeze.precision import PRECISIONS
@@ -103,6 +105,12 @@ def test_the_recipe_repeats_the_run(tmp_path, monkeypatch):
     assert main(["finetune", "full", "--config", "a/recipe.yaml"]) == 0
     a, b = (json.loads((tmp_path / r / "final/litfreeze.json").read_text()) for r in ("a", "out/finetune/full"))
     assert a["weights_hash"] == b["weights_hash"]
+
+
+def test_a_recipe_can_be_read_where_two_options_are_one_list():
+    names = ["final_norm", "head"]
+    text = recipe_yaml(finetune_full, {"trainable_modules": names, "trainable_extra": names})
+    assert read_yaml(text, "recipe.yaml") == {"trainable_modules": names, "trainable_extra": names}
 
 
 def test_the_step_is_the_same_however_the_batch_is_cut(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stops import ctrl_c_in_step
 from test_optim import OPTIMIZERS
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
@@ -21,7 +22,6 @@ from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import FrozenArgs, ThawArgs
 from litfreeze.freeze.plan import block_of
 from litfreeze.prefix import prefix as prefix_module
-from litfreeze.train import loop
 from litfreeze.train import stage as stage_module
 from litfreeze.train.args import EvalArgs, TrainArgs
 from litfreeze.train.loss import NextToken
@@ -129,16 +129,7 @@ def check_twin(tmp_path, monkeypatch, script, at: int, cache: str = "disk", fuse
         return FrozenArgs(cache=cache, cache_dir=tmp_path / folder, fused_backward=fused)
 
     script(out_dir=tmp_path / "whole", frozen=frozen("cache of the twin"), **words)
-    plain, taken = loop._step, []
-
-    def step(*args):
-        taken.append(1)
-        if len(taken) == at:
-            raise KeyboardInterrupt
-        return plain(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_step", step)
+    with ctrl_c_in_step(at), pytest.raises(KeyboardInterrupt):
         script(out_dir=tmp_path / "cut", frozen=frozen("cache"), **words)
     script(resume=tmp_path / "cut")
     ours, twins = (weights(tmp_path / name / "final") for name in ("cut", "whole"))
