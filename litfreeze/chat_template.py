@@ -21,8 +21,9 @@ import jinja2.sandbox
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.runtime import Context, LoopContext
 
-MOST_SECONDS = 10  # for one conversation; a template for people takes less than a millisecond
+MOST_SECONDS = 3  # for one conversation; a template for people takes less than a millisecond
 MOST_TEXT = 10_000_000  # characters that are written, or that one operation makes
+MOST_FORM = 1000  # characters of a date's form
 MOST_DIGITS = 64  # that a number is rounded to, and the largest exponent
 # Filters and methods that can make far more than they are given, of a width or of two texts
 GROWING = frozenset({
@@ -58,7 +59,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters = {name: self._watched(name, function) for name, function in self.filters.items()}
         self.globals |= {
             "raise_exception": _raise_exception,
-            "strftime_now": lambda form: datetime.now().strftime(form),
+            "strftime_now": _now,
         }
         for names, name in ((self.globals, "lipsum"), (self.filters, "urlize"), (self.filters, "wordwrap")):
             del names[name]  # no use for a prompt, and no bound
@@ -224,6 +225,12 @@ def _at_once(value: Any) -> Any:
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    if len(form) > MOST_FORM:
+        raise SecurityError("a date of that many parts")
+    return datetime.now().strftime(form)
 
 
 def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

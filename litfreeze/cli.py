@@ -163,7 +163,10 @@ class Parser(jsonargparse.ArgumentParser):
     def gathered(self, values: jsonargparse.Namespace) -> dict[str, Any]:
         """The function's arguments of what was parsed and instantiated, flat groups made."""
         made = {name: group(**{f: values[f] for f in options_of(group)}) for name, group in self.flat.items()}
-        return {name: made[name] if name in made else values[name] for name in self.names}
+        found = {name: made[name] if name in made else values[name] for name in self.names}
+        if beyond := [name for name, value in found.items() if isinstance(value, int) and abs(value) >= 2**63]:
+            raise UsageError(f"--{beyond[0]} {found[beyond[0]]} is beyond any number that it may be.")
+        return found
 
     def parse_path(self, path: Any, **kwargs: Any) -> jsonargparse.Namespace:
         """jsonargparse's reading of a `--config`, with every name in it checked, and the file named in its errors."""

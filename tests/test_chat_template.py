@@ -38,6 +38,7 @@ BOMBS = [
     "{{ ('x' * 99999).join(range(50000) | map('string')) | length }}",
     "{{ '{:>{}}'.format('x', '999999999') | length }}",
     "{{ 2 | round(9999999, 'ceil') }}",
+    "{{ strftime_now('%Y' * 10**6) }}",
     "{% set x = 'x' * 3000000 %}{% for i in range(99999) %}{{ x.count('xy') }}{{ x is lower }}{% endfor %}",
     "{% set d = dict.fromkeys(range(99999), 'x' * 999) %}{{ ('x' * 9999).join(d.values()) }}",
     "{{ 2 ** (2 ** 60) }}",

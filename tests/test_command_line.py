@@ -93,6 +93,13 @@ def test_any_text_arrives_or_is_refused_in_a_line(text):
             assert "\n" not in str(error)
 
 
+def test_a_number_that_no_machine_holds_is_refused():
+    assert small("--seed", str(2**63 - 1))["seed"] == 2**63 - 1
+    for number in (2**63, -(2**63), 10**40):
+        with pytest.raises(UsageError, match=f"--seed {number} is beyond"):
+            small("--seed", str(number))
+
+
 def test_layers_in_a_file(tmp_path):
     unchanged = ["1:30", "1_000", "010", "10,11", "+3", "2024-01-01", "off"]
     cases = {text: text for text in unchanged} | {"10": 10, "-1": -1, "'-2:'": "-2:", "null": None, "": None}

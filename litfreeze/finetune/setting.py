@@ -37,6 +37,8 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
     then; `auto` beside an `out_dir` begins there, if nothing is to go on from. Raises UsageError if there is nothing to
     resume, or options are given that could not be honoured."""
     given = SimpleNamespace(**{name: _plain(value) for name, value in options.items()})
+    if not 0 <= given.seed < 2**32:
+        raise UsageError(f"--seed {given.seed} must be from 0 to {2**32 - 1}.")
     if not given.resume:
         return but(given, anew=False)
     if str(given.resume) == "auto" and given.out_dir is not None:

@@ -1,61 +1,71 @@
 """What a person writes, broken: settings, layers, data and chat templates."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from attempts import attempt, draw, linked
 from damage import break_bytes, break_value
 
+from litfreeze.__main__ import main
+
 CHUNK = 20
 CASES = range(0, 300, CHUNK)
 
-SETTINGS = {
-    "trainable_layers": "5,11",
-    "trainable_extra": ["final_norm"],
+ALWAYS = {
     "precision": "32-true",
     "devices": 1,
     "seed": 3,
-    "unfreeze": "0:11;1:10",
-    "layer_lr": "11=1e-4;embed=1e-5",
-    "train": {"lr": 1e-4, "max_steps": 1, "global_batch_size": 4, "micro_batch_size": 2, "max_norm": None},
+    "cache_limit": "1GB",
+    "train": {"lr": 1e-4, "max_steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "max_norm": None},
     "eval": {"interval": 1, "max_samples": 4},
-    "data": {"path": "no.jsonl", "prompt_style": "alpaca", "max_seq_length": 64, "mask_prompt": True},
+    "data": {"prompt_style": "alpaca", "max_seq_length": 64, "mask_prompt": True},
 }
+SETTINGS = [
+    ("full", {"trainable_layers": "5,11", "trainable_extra": ["final_norm"], "layer_lr": "5:1e-4, final_norm:1e-5"}),
+    ("full", {"unfreeze": "0:11; 1:10", "save": "delta", "lr_decay_by_depth": 0.5}),
+    ("lora", {"trainable_layers": [0, "1-9"], "full_layers": "10,11", "lora_r": 4, "lora_targets": "q_proj,v_proj"}),
+]
+
+
+def config(path: Path, content: bytes, method: str, tmp_path: Path) -> list[str]:
+    path.write_bytes(content)
+    return ["finetune", method, "--config", str(path), "--data", str(tmp_path / "no.jsonl"), "--out_dir", "out"]
 
 
 @pytest.mark.parametrize("first", CASES)
 def test_settings(first, cwd, tmp_path):
     """A file for --config. What is fine in it ends at data that is not there."""
-    file = tmp_path / "settings.yaml"
     for number in range(first, first + CHUNK):
         rng = draw("settings", number)
-        settings = json.loads(json.dumps(SETTINGS))
-        if number % 2:
+        method, own = SETTINGS[number % 3]
+        settings = json.loads(json.dumps({**own, **ALWAYS}))
+        if rng.random() < 0.6:
             for _ in range(rng.choice((1, 1, 2))):
                 settings = break_value(settings, rng)
-            text = json.dumps(settings) if number % 4 == 1 else yaml.safe_dump(settings, allow_unicode=number % 8 == 3)
+            text = rng.choice((json.dumps, yaml.safe_dump))(settings)
             data = text.encode("utf-8", "surrogatepass")
         else:
             data = break_bytes(yaml.safe_dump(settings).encode(), rng)
-        file.write_bytes(data)
-        method = rng.choice(("full", "lora"))
-        argv = ["finetune", method, "--config", str(file), "--data", str(tmp_path / "no.jsonl"), "--out_dir", "out"]
+        argv = config(tmp_path / "settings.yaml", data, method, tmp_path)
         assert attempt(argv, f"settings {number}: {data[:500]!r}") == 2
 
 
-# What a layer, a rate, a rank may be, and what may stand between two of them
-LAYERS = ["5", "-1", "0-3", "-4,-2", "-2:", ":3", "2:9:3", "last:8", "first:2", "every:4", "20%-80%", "all", "none"]
-LAYERS += ["rank:random:4", "rank:spectrum:2", "new", "0,1,11", "even", "odd"]
-RATES = ["11=1e-4", "0-3=1e-5;-2:=1e-3", "embed=1e-5", "head=1", "20%-80%=3e-4"]
-THAWING = ["gradual:4", "lisa:2:3", "0:11;2:9,10", "50%:all", "0:11;3:freeze 11", "1e:0-3", "last:4"]
-TARGETS = ["all-linear", "q_proj,v_proj", "up_proj", "q_proj:8", "qkv"]
+# What layers, rates, times and adapters are. Each of them is fine by itself
+LAYERS = ["5", "-1", "0-3", "-4,-2", "-2:", "last:8", "first:2", "every:4", "20%-80%", "0,1,11", "8-9,-1"]
 OPTIONS = {
-    "--trainable_layers": LAYERS,
-    "--freeze_layers": LAYERS,
-    "--layer_lr": RATES,
-    "--unfreeze": THAWING,
-    "--lora_targets": TARGETS,
+    "--trainable_layers": [*LAYERS, "all", "rank:random:4", "rank:spectrum:2,11"],
+    "--freeze_trainable_layers_ids": ["1,2,10", "11"],
+    "--layer_lr": [
+        "11:1e-4",
+        "0-3:1e-5, -2::1e-3",
+        "embed:1e-5",
+        "20%-80%:3e-4",
+        "0-7:1e-6, 8-11:1e-5, final_norm:5e-5",
+    ],
+    "--unfreeze": ["gradual:4", "0:11;2:9,10", "0:0;50%:all", "0:11;3:freeze 11", "0:11;1e:0-3", "0:14%-80%;10:last:4"],
+    "--lora_targets": ["q_proj,v_proj", "up_proj", "attn", "head", "*_proj", "re:.*mlp.*"],
     "--full_layers": LAYERS,
     "--lora_r": ["8", "1"],
     "--lora_alpha": ["16", "0.5"],
@@ -84,11 +94,16 @@ PIECES = [
 
 def break_word(text: str, rng) -> str:
     i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-    other = rng.choice(LAYERS + RATES + THAWING + TARGETS)
+    other = rng.choice([word for words in OPTIONS.values() for word in words])
     return rng.choice((
         text[:i] + text[j:], text[:i] + rng.choice(PIECES) + text[i:], text[:i] + rng.choice(PIECES) + text[j:],
         text + text, f"{text},{other}", f"{text};{other}", other, text[::-1], text[:i] + other + text[i:], text * 500,
     ))  # fmt: skip
+
+
+def choice(words: list[str], tmp_path: Path) -> list[str]:
+    method = "lora" if any(word.startswith(("--lora", "--full_layers")) for word in words) else "full"
+    return ["finetune", method, *words, "--data", str(tmp_path / "no.jsonl"), "--out_dir", "out"]
 
 
 @pytest.mark.parametrize("first", CASES)
@@ -101,9 +116,18 @@ def test_layers(first, cwd, tmp_path):
         if rng.random() < 0.3:
             beside = rng.choice(list(OPTIONS))
             words.append(f"{beside}={rng.choice(OPTIONS[beside])}")
-        method = "lora" if any(word.startswith(("--lora", "--full_layers")) for word in words) else "full"
-        argv = ["finetune", method, *words, "--data", str(tmp_path / "no.jsonl"), "--out_dir", "out"]
-        assert attempt(argv, f"layers {number}") == 2
+        assert attempt(choice(words, tmp_path), f"layers {number}") == 2
+
+
+def test_what_is_whole_comes_through(cwd, tmp_path, capsys):
+    """Else the broken ones would be refused for another reason than what broke."""
+    lines = [choice([f"{option}={word}"], tmp_path) for option, words in OPTIONS.items() for word in words]
+    for i, (method, own) in enumerate(SETTINGS):
+        content = yaml.safe_dump({**own, **ALWAYS}).encode()
+        lines.append(config(tmp_path / f"{i}.yaml", content, method, tmp_path))
+    for argv in lines:
+        assert main(argv) == 2
+        assert "There is no data" in (told := capsys.readouterr().err), f"{argv}: {told}"
 
 
 RECORDS = [
