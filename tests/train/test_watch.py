@@ -107,11 +107,11 @@ def test_a_run_is_looked_at_when_a_block_begins_and_at_its_end_and_between(tmp_p
     assert steps == {"11": [1, 5, 8, 10], "10": [8, 10, 13]}
 
 
-def test_a_resumed_run_saw_what_its_twin_saw(tmp_path, records, monkeypatch):  # noqa: F811
+def test_a_resumed_run_saw_what_its_twin_saw(tmp_path, records):  # noqa: F811
     train = replace(TRAIN, watch_interval=3)
     words = {"train": train, "trainable_layers": "9-11", "trainable_extra": None}
     finetune_full(out_dir=tmp_path / "whole", eval=EVAL, data=DataArgs(path=records), **words)
-    interrupt("full", tmp_path / "cut", records, monkeypatch, **words)
+    interrupt("full", tmp_path / "cut", records, **words)
     finetune_full(resume=tmp_path / "cut")
     assert looks(tmp_path / "cut") == looks(tmp_path / "whole")
 
