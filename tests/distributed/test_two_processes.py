@@ -92,24 +92,6 @@ def test_the_same_losses_and_the_same_weights(tmp_path, alone, plan, strategy):
         assert confusions[0] == confusions[1] and sum(map(sum, confusions[0])) == 9
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
-def test_compiled_blocks_too(tmp_path, alone):
-    words = [
-        *PLANS["selective"],
-        *STEPS,
-        "--devices",
-        2,
-        "--strategy",
-        "fsdp",
-        "--compile",
-        "--out_dir",
-        tmp_path / "two",
-    ]
-    done = run(command(*words))
-    assert done.returncode == 0, done.stderr
-    agree(tmp_path / "two", alone("selective"))
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_other_precisions(tmp_path, precision):
     """Two processes add up in another order than one, which bf16 rounds."""
@@ -141,19 +123,19 @@ def test_new_blocks(tmp_path):
     agree(tmp_path / "2", tmp_path / "1")
 
 
-@pytest.mark.parametrize("plan", ["selective", "lora"])
-def test_frozen_weights_may_lie_on_both_as_well(tmp_path, alone, plan):
-    words = [
-        *PLANS[plan],
-        *STEPS,
-        "--devices",
-        2,
-        "--strategy",
-        "fsdp",
-        "--shard_frozen",
-        "--out_dir",
-        tmp_path / "two",
-    ]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("plan", "more"),
+    [
+        ("selective", "--shard_frozen"),
+        ("lora", "--shard_frozen"),
+        pytest.param("selective", "--compile", marks=needs_compiler),
+    ],
+)
+def test_frozen_weights_may_lie_on_both_and_blocks_be_compiled(tmp_path, alone, plan, more):
+    words = [*PLANS[plan], *STEPS, "--devices", 2, "--strategy", "fsdp", more, "--out_dir", tmp_path / "two"]
     done = run(command(*words))
     assert done.returncode == 0, done.stderr
     agree(tmp_path / "two", alone(plan))
