@@ -40,10 +40,10 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path, help="another model than the embedded one")
     args = parser.parse_args()
     model = [] if args.smollm2 is None else ["--checkpoint_dir", str(args.smollm2)]
-    print("| | ddp, bytes a step | fsdp, bytes a step |\n| --- | ---: | ---: |")
+    print("| | ddp, bytes a step | fsdp | fsdp1 |\n| --- | ---: | ---: | ---: |")
     for name, own in PLANS.items():
         cells = []
-        for strategy in ("ddp", "fsdp"):
+        for strategy in ("ddp", "fsdp", "fsdp1"):
             words = [*(["lora"] if own is None else ["full", *own]), *model, "--strategy", strategy]
             with tempfile.TemporaryDirectory() as folder:
                 few, more = (bytes_of(words, steps, folder) for steps in (FEW, MORE))

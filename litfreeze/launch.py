@@ -9,14 +9,18 @@ from typing import Any, Optional, Union
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from lightning_fabric.strategies import ModelParallelStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from litfreeze.errors import Interrupted, LitfreezeError, RunError, UsageError, did_you_mean
 from litfreeze.precision import PRECISIONS, Precision, default_precision
 
-STRATEGIES = ("auto", "ddp", "fsdp")
+STRATEGIES = ("auto", "ddp", "fsdp", "fsdp1")
 GRACE = 30  # seconds in which the others notice by themselves that one of them is lost, and say how to go on
 
 
@@ -26,7 +30,8 @@ def build_fabric(
     """A Fabric for this machine and the precision it runs in: 32-true on a CPU, bf16-mixed on a GPU that has it.
 
     Of several processes each holds the whole model (ddp, which is what auto comes to) or, of what trains, a part
-    (fsdp). Raises UsageError for a device that is not there or a precision that the device does not have."""
+    (fsdp; fsdp1, torch's first form of it). Raises UsageError for a device that is not there or a precision that the
+    device does not have."""
     if strategy not in STRATEGIES:
         hint = did_you_mean(strategy, STRATEGIES)
         raise UsageError(f"--strategy {strategy!r} is unknown.{hint} Choose from {', '.join(STRATEGIES)}.")
@@ -37,25 +42,36 @@ def build_fabric(
         devices = int(os.environ["LOCAL_WORLD_SIZE"]) if devices == "auto" else devices
         num_nodes = int(os.environ["GROUP_WORLD_SIZE"]) if num_nodes == 1 else num_nodes
     try:
-        where = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "precision": name}
+        where = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
         fabric = Fabric(**where)
-        if fabric.world_size > 1 and strategy == "ddp":
-            fabric = Fabric(**where, strategy="ddp")
-        if fabric.world_size > 1 and strategy == "fsdp":
-            # The model is sharded where it is made, in train/shard.py
-            fabric = Fabric(**where, strategy=ModelParallelStrategy(lambda module, _: module, fabric.world_size, 1))
+        where |= {"plugins": _scaling(fabric.device, strategy)} if name == "16-mixed" else {"precision": name}
+        chosen = strategy if fabric.world_size > 1 else "auto"
+        fabric = Fabric(**where, strategy=Sharded(chosen, fabric.world_size) if chosen.startswith("fsdp") else chosen)
     except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--accelerator {accelerator} --devices {devices} cannot be used here: {reason}") from None
     if fabric.device.type == "cpu" and fabric.world_size > (os.cpu_count() or 1) * num_nodes:
         raise UsageError(f"--devices {devices}: this machine has {os.cpu_count()} processors.")
-    if fabric.device.type == "cpu" and name == "16-mixed":
-        raise UsageError(
-            "--precision 16-mixed needs a GPU. On a CPU choose 32-true (fastest), bf16-mixed or bf16-true."
-        )
     if fabric.device.type == "cuda" and name.startswith("bf16") and not torch.cuda.is_bf16_supported():
         raise UsageError(f"--precision {name}: this GPU has no bfloat16. Choose 16-mixed or 32-true.")
     return fabric, PRECISIONS[name]
+
+
+class Sharded(ModelParallelStrategy):
+    """Fabric's strategy, over a model that `spread(module, mesh)` spreads; `form` is fsdp or fsdp1. Who makes the model
+    sets `spread` (train/stage.py)."""
+
+    def __init__(self, form: str, processes: int) -> None:
+        super().__init__(lambda module, mesh: self.spread(module, mesh["data_parallel"]), processes, 1)
+        self.form = form
+        self.spread: Callable[[nn.Module, DeviceMesh], nn.Module]
+
+
+def _scaling(device: torch.device, strategy: str) -> MixedPrecision:
+    """16-mixed, on a CPU too, where Fabric would change it to bf16-mixed. Under fsdp1 the processes tell each other of
+    overflows; FSDP2's tensors do so themselves."""
+    scaler = ShardedGradScaler if strategy == "fsdp1" else torch.amp.GradScaler
+    return MixedPrecision("16-mixed", device.type, scaler(device.type))
 
 
 def _started_by_fabric() -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from litfreeze.checkpoint.tensors import (
 from litfreeze.config import read_json
 from litfreeze.errors import UsageError
 from litfreeze.outputs import FINAL, RESUME, kept_steps, step_name
-from litfreeze.shards import put, spread, whole
+from litfreeze.shards import Run, part, put, shape, spread, whole
 
 STATE, FACTS = "state", "resume.json"
 WEIGHT = "weight"  # beside the optimizers' own words: exp_avg, exp_avg_sq, step; momentum_buffer; state1, absmax1, ...
@@ -54,11 +54,12 @@ def take_state(
 
     What is spread over processes is put together, for which all of them call this; one that is not to `keep` it has
     nothing of it in the end."""
-    state: dict[str, Tensor] = {}
+    state: dict[str, Union[Tensor, Run]] = {}
     for name, weight in _named(model, names).items():
         own = optimizer.state.get(weight, {}) if optimizer is not None else {}
         for kind, value in {WEIGHT: weight.detach(), **own}.items():
-            state[f"{kind}.{name}"] = torch.as_tensor(value)  # bitsandbytes counts steps by a plain number
+            tensor = torch.as_tensor(value)  # bitsandbytes counts steps by a plain number
+            state[f"{kind}.{name}"] = part(weight, tensor)
     copied = _copies(state.values()) if snapshot and keep else lambda tensor: tensor
     found = {}
     for name, tensor in state.items():
@@ -68,7 +69,7 @@ def take_state(
     return found
 
 
-def _copies(tensors: Collection[Tensor]) -> Callable[[Tensor], Tensor]:
+def _copies(tensors: Collection[Union[Tensor, Run]]) -> Callable[[Tensor], Tensor]:
     """What copies each of `tensors` to the CPU. Memory for all is taken at once, in large pages where Linux has them:
     to clear it page by page takes the kernel several times as long as copying does."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # of shared memory Linux has no large pages
@@ -85,7 +86,7 @@ def _copies(tensors: Collection[Tensor]) -> Callable[[Tensor], Tensor]:
     return copied
 
 
-def _rounded_up(tensor: Tensor) -> int:
+def _rounded_up(tensor: Union[Tensor, Run]) -> int:
     return -(-tensor.numel() * tensor.element_size() // 64) * 64
 
 
@@ -164,7 +165,7 @@ def restore(point: Path, model: nn.Module, names: Collection[str], optimizer: to
             raise UsageError(f"{file.path}: {parameter} does not train in this run.")
         kinds[parameter].append(kind)
     for name, weight in weights.items():
-        if WEIGHT not in kinds[name] or tuple(weight.shape) != file.layout[f"{WEIGHT}.{name}"][1]:
+        if WEIGHT not in kinds[name] or tuple(shape(weight)) != file.layout[f"{WEIGHT}.{name}"][1]:
             raise UsageError(f"{file.path}: {name} is missing or has another shape.")
         put(weight, file.read(f"{WEIGHT}.{name}"))
         state = {}
@@ -175,7 +176,7 @@ def restore(point: Path, model: nn.Module, names: Collection[str], optimizer: to
                     state[kind] = tensor.item()
                 elif tensor.ndim == 0 and not _on_device(optimizer):
                     state[kind] = tensor
-                elif tensor.shape == weight.shape:
+                elif tensor.shape == shape(weight):
                     state[kind] = spread(tensor.to(weight.device), weight)
                 else:
                     state[kind] = tensor.to(weight.device)

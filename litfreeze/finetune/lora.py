@@ -43,7 +43,7 @@ def setup(
     accelerator: str = "auto",
     devices: Union[int, str] = "auto",
     num_nodes: int = 1,
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
+    strategy: Literal["auto", "ddp", "fsdp", "fsdp1"] = "auto",
     seed: int = 1337,
 ):
     """Train a LoRA adapter on the layers you name, beside the frozen weights. Given an adapter, go on training it.
@@ -87,7 +87,8 @@ def setup(
         accelerator: cpu, cuda, mps or auto.
         devices: How many, or which ones (0,2).
         num_nodes: Machines in the run.
-        strategy: Of several processes each holds all that trains (ddp, which auto comes to), or its part (fsdp).
+        strategy: Of several processes each holds all that trains (ddp, which auto comes to), or its part (fsdp; fsdp1
+            is torch's first form of it).
         seed: Fixes the new adapter, the order of the records and every other draw.
     """
     given = dict(locals())

@@ -46,12 +46,12 @@ class Exchange:
         shown = tokenizer.decode(prompt, skip_special_tokens=False)
         return cls(tokenizer, prompt, shown, lines[-1] if lines else "Hello", tokenizer.decode(expected.tolist()))
 
+    @torch.no_grad()
     def ask(self, fabric: Fabric, ready: Ready, max_new_tokens: int) -> str:
         """What the model answers now. Every process enters, since every process may hold a part of it."""
         with ready.prefix.at_hand() if ready.prefix else nullcontext():
-            return ready.core.lend(self._answer, fabric, max_new_tokens)
+            return ready.model.lend(self._answer, fabric, max_new_tokens)
 
-    @torch.no_grad()
     def _answer(self, gpt: GPT, fabric: Fabric, max_new_tokens: int) -> str:
         """What it says greedily or, of a classifier, the class it tells."""
         gpt.eval()

@@ -15,7 +15,7 @@ from litfreeze.data.batches import epoch_order, step_indices, steps_per_epoch, v
 from litfreeze.data.samples import IGNORE
 from litfreeze.errors import Interrupted, RunError
 from litfreeze.outputs import BEST, step_name
-from litfreeze.shards import whole
+from litfreeze.shards import complete, total_norm, whole
 from litfreeze.train.args import EvalArgs, TrainArgs, seconds
 from litfreeze.train.feed import Feed
 from litfreeze.train.fused import FusedBackward
@@ -219,11 +219,14 @@ def _step(
         if watch is not None:
             watch.gradients(fused.norms)
         norm = fused.norm()  # and every parameter has stepped
-    elif max_norm is None and not scaled:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
     else:
-        norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or float("inf"), error_if_nonfinite=False)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        complete(parameters)
+        parameters = [p for p in parameters if p.grad is not None]
+        fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
+        norm = total_norm(parameters)
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     norm = whole(norm)
     if not math.isfinite(norm) and not scaled:
         told = f"the gradient became {float(norm)} in the records {_places(fabric, micro_batches, records)}."

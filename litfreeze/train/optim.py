@@ -11,6 +11,7 @@ from torch import nn
 from litfreeze.errors import UsageError
 from litfreeze.freeze.optimizers import EIGHT_BIT_SIZE, stepped_by
 from litfreeze.freeze.plan import FreezePlan, block_of
+from litfreeze.shards import shape
 from litfreeze.train.args import TrainArgs
 
 MISSING = "--train.optimizer adamw8bit needs bitsandbytes. Install it: pip install 'litfreeze[bitsandbytes]'."
@@ -48,7 +49,7 @@ def build_optimizer(
     groups: dict[str, dict[tuple, list[nn.Parameter]]] = {}  # -> (lr scale, rise, weight decay) -> them
     for name, parameter in model.named_parameters():
         if name in plan.trained:
-            decay = train.weight_decay if parameter.ndim >= 2 else 0.0
+            decay = train.weight_decay if len(shape(parameter)) >= 2 else 0.0
             alike = plan.lr_scale(name), rises.get(block_of(name)), decay
             groups.setdefault(kinds[name], {}).setdefault(alike, []).append(parameter)
     parts = []

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import ModelParallelStrategy
 
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.expand import check_new_blocks
@@ -17,6 +16,7 @@ from litfreeze.data.samples import MAX_SEQ_LENGTH, Samples, load_samples
 from litfreeze.errors import UsageError
 from litfreeze.freeze.quantize import check_quantize
 from litfreeze.freeze.thaw import Stage, stages
+from litfreeze.launch import Sharded
 from litfreeze.outputs import began_as, used
 from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.compiled import check_compile
@@ -53,8 +53,8 @@ def prepare(fabric: Fabric, job: Job) -> Prepared:
     if job.compile:
         check_compile(job.frozen, fabric.device)
     check_new_blocks(job.checkpoint, job.plan)
-    if isinstance(fabric.strategy, ModelParallelStrategy):
-        check_sharding(job)
+    if isinstance(fabric.strategy, Sharded):
+        check_sharding(job, fabric.strategy.form)
     elif job.frozen.shard_frozen:
         raise UsageError("--shard_frozen needs --strategy fsdp, and more than one process (--devices 2).")
     fabric.seed_everything(job.seed, workers=False, verbose=False)

@@ -11,7 +11,6 @@ from typing import Optional
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import ModelParallelStrategy
 
 from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
 from litfreeze.checkpoint.merge import FoldedTensors, write_merged
@@ -19,7 +18,7 @@ from litfreeze.checkpoint.resume import restore
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.quantize import quantize_frozen
 from litfreeze.freeze.thaw import Stage
-from litfreeze.launch import on_first, together
+from litfreeze.launch import Sharded, on_first, together
 from litfreeze.model import GPT
 from litfreeze.outputs import FINAL, MERGED_BASE, claim, sole_user
 from litfreeze.prefix.prefix import only_below
@@ -144,7 +143,7 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
 def _load(fabric: Fabric, job: Job, planned: Sequence[Stage], i: int, monitor: Monitor) -> GPT:
     """The model, each weight in the dtype it is kept in during stage `i`; what may thaw later is still frozen."""
     checkpoint, plan, stage = job.checkpoint, job.plan, planned[i]
-    sharded = isinstance(fabric.strategy, ModelParallelStrategy)
+    sharded = isinstance(fabric.strategy, Sharded)
 
     def kept(name: str) -> torch.dtype:
         trains = name in stage.so_far.trained

@@ -17,7 +17,7 @@ from litfreeze.checkpoint.trained import Proof
 from litfreeze.errors import RunError
 from litfreeze.launch import on_first
 from litfreeze.outputs import BEST, FINAL
-from litfreeze.shards import whole
+from litfreeze.shards import part, whole
 from litfreeze.train.exchange import Exchange
 from litfreeze.train.keep import Keeper
 from litfreeze.train.monitor import Monitor
@@ -116,7 +116,7 @@ class Saving:
         self.settle(outcome)
         weights = {}
         for name, parameter in ready.core.gpt.named_parameters():
-            gathered = whole(parameter)
+            gathered = whole(part(parameter, parameter))
             if self.fabric.is_global_zero:
                 weights[name] = gathered
         try:

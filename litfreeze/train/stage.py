@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import ModelParallelStrategy
 from torch import nn
 
 from litfreeze.data.samples import Samples
 from litfreeze.errors import UsageError
 from litfreeze.freeze.thaw import Stage
+from litfreeze.launch import Sharded
 from litfreeze.model import GPT
 from litfreeze.prefix.prefix import Prefix
 from litfreeze.train.compiled import compile_blocks
@@ -58,7 +59,7 @@ def make_ready(
     """Makes stage `i` ready, after the stage before it or, if there was none (`last`), as the first one of this
     process. `cached` says of a run that goes on whether it had kept its frozen prefix."""
     stage = stages[i]
-    sharded = isinstance(fabric.strategy, ModelParallelStrategy)
+    sharded = isinstance(fabric.strategy, Sharded)
     if sharded and last is not None:
         if last.prefix is not None:
             last.prefix.restore()
@@ -88,7 +89,7 @@ def _over(
     reuse: Reuse, fabric: Fabric, job: Job, gpt: GPT, samples: Samples, stage: Stage, last: Optional[Ready]
 ) -> Ready:
     """What the loop needs above what is reused."""
-    sharded = isinstance(fabric.strategy, ModelParallelStrategy)
+    sharded = isinstance(fabric.strategy, Sharded)
     if last is not None:
         if not sharded:
             _thaw(job, gpt, stage, last.stage)
@@ -101,8 +102,9 @@ def _over(
         compile_blocks(gpt)
     core = NextToken(gpt, job.train.activation_checkpointing)
     if sharded:
-        shard(core, job, fabric.strategy.device_mesh["data_parallel"], fabric.device)
+        fabric.strategy.spread = partial(shard, job=job, form=fabric.strategy.form, device=fabric.device)
     model = fabric.setup_module(core)
+    model.mark_forward_method("lend")
     scaled = job.precision.name == "16-mixed"
     plain = build_optimizer(gpt, stage.plan, job.train, scaled, stage.rises, last and last.plain)
     if sharded and last is not None:

@@ -9,12 +9,12 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from litfreeze import shards
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.errors import RunError
 from litfreeze.freeze.plan import FreezePlan, Part, part_of
 from litfreeze.lora import MAGNITUDE, A, B, folded, is_lora
 from litfreeze.model import GPT
-from litfreeze.shards import whole
 
 ROWS = 16  # of a matrix, drawn once, stand for all of it: a look costs a thousandth of what the step does
 
@@ -96,11 +96,10 @@ class Watch:
         """Those that the parameters have or, where they are gone already, their `norms`; `times` undoes clipping."""
         names = [name for name, p in self.parameters.items() if (p.grad is not None if norms is None else p in norms)]
         if norms is None:
-            found = map(whole, torch._foreach_norm([self.parameters[name].grad for name in names]))
+            found = shards.norms([self.parameters[name] for name in names]) if names else []
         else:
-            found = [norms[self.parameters[name]] for name in names]
-        norms_of_all = [norm.float() for norm in found]
-        squares = (torch.stack(norms_of_all) * times).square() if names else torch.zeros(0)
+            found = [norms[self.parameters[name]].float() for name in names]
+        squares = (torch.stack(found) * times).square() if names else torch.zeros(0)
         self.squares = defaultdict(float)
         for name, square in zip(names, squares.tolist(), strict=True):
             self.squares[part_of(name)] += square
@@ -166,5 +165,5 @@ def _some_rows(weight: Tensor) -> Optional[Tensor]:
 
 
 def _taken(weight: Tensor, rows: Optional[Tensor]) -> Tensor:
-    weight = whole(weight.detach())
+    weight = shards.whole(shards.part(weight, weight.detach()))
     return (weight.clone() if rows is None else weight[rows.to(weight.device)]).float()

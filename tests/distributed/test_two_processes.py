@@ -70,7 +70,7 @@ def alone(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp1"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_same_losses_and_the_same_weights(tmp_path, alone, plan, strategy):
     out = tmp_path / "two"
@@ -92,19 +92,19 @@ def test_the_same_losses_and_the_same_weights(tmp_path, alone, plan, strategy):
         assert confusions[0] == confusions[1] and sum(map(sum, confusions[0])) == 9
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
 def test_other_precisions(tmp_path, precision):
-    """Two processes add up in another order than one, which bf16 rounds."""
-    losses = []
-    for own in (["--devices", 1], ["--devices", 2, "--strategy", "ddp"], ["--devices", 2, "--strategy", "fsdp"]):
-        out = tmp_path / str(len(losses))
-        done = run(command(*PLANS["selective"], *STEPS, "--precision", precision, *own, "--out_dir", out))
+    """Two processes add up in another order than one, which 16 bits round."""
+    losses = {}
+    for strategy in ("auto", "ddp", "fsdp", "fsdp1"):
+        own = ["--devices", 1 if strategy == "auto" else 2, "--strategy", strategy, "--out_dir", tmp_path / strategy]
+        done = run(command(*PLANS["selective"], *STEPS, "--precision", precision, *own))
         assert done.returncode == 0, done.stderr
-        losses.append(reached(out)[0])
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[2] == pytest.approx(losses[0], rel=2e-2)
+        losses[strategy] = reached(tmp_path / strategy)[0]
+    assert all(found == pytest.approx(losses["auto"], rel=2e-2) for found in losses.values())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp1"])
 def test_activations_computed_again(tmp_path, alone, strategy):
     words = [*PLANS["unfreezing"], *STEPS, "--train.activation_checkpointing", "--devices", 2, "--strategy", strategy]
     done = run(command(*words, "--out_dir", tmp_path / "two"))
@@ -116,26 +116,28 @@ def test_new_blocks(tmp_path):
     good = run([sys.executable, "-m", "litfreeze", "expand", "--new_blocks", "2", "--out_dir", tmp_path / "deeper"])
     assert good.returncode == 0, good.stderr
     words = ["full", "--checkpoint_dir", tmp_path / "deeper", "--data", TRAIN_FILE, "--trainable_layers", "new"]
-    for processes, strategy in ((1, "auto"), (2, "fsdp")):
-        own = ["--devices", processes, "--strategy", strategy, "--out_dir", tmp_path / str(processes)]
+    for processes, strategy in ((1, "auto"), (2, "ddp"), (2, "fsdp"), (2, "fsdp1")):
+        own = ["--devices", processes, "--strategy", strategy, "--out_dir", tmp_path / strategy]
         done = run(command(*words, *STEPS, "--save_dtype", "float32", *own))
         assert done.returncode == 0, done.stderr
-    agree(tmp_path / "2", tmp_path / "1")
+        agree(tmp_path / strategy, tmp_path / "auto")
 
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
 
 
 @pytest.mark.parametrize(
-    ("plan", "more"),
+    ("plan", "strategy", "more"),
     [
-        ("selective", "--shard_frozen"),
-        ("lora", "--shard_frozen"),
-        pytest.param("selective", "--compile", marks=needs_compiler),
+        ("selective", "fsdp", "--shard_frozen"),
+        ("lora", "fsdp", "--shard_frozen"),
+        pytest.param("selective", "ddp", "--compile", marks=needs_compiler),
+        pytest.param("selective", "fsdp", "--compile", marks=needs_compiler),
+        pytest.param("selective", "fsdp1", "--compile", marks=needs_compiler),
     ],
 )
-def test_frozen_weights_may_lie_on_both_and_blocks_be_compiled(tmp_path, alone, plan, more):
-    words = [*PLANS[plan], *STEPS, "--devices", 2, "--strategy", "fsdp", more, "--out_dir", tmp_path / "two"]
+def test_frozen_weights_may_lie_on_both_and_blocks_be_compiled(tmp_path, alone, plan, strategy, more):
+    words = [*PLANS[plan], *STEPS, "--devices", 2, "--strategy", strategy, more, "--out_dir", tmp_path / "two"]
     done = run(command(*words))
     assert done.returncode == 0, done.stderr
     agree(tmp_path / "two", alone(plan))
@@ -145,12 +147,13 @@ def test_frozen_weights_may_lie_on_both_and_blocks_be_compiled(tmp_path, alone, 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--strategy fsdpp", "auto, ddp, fsdp"),
+        ("--strategy fsdpp", "auto, ddp, fsdp, fsdp1"),
         ("--shard_frozen", "--shard_frozen needs --strategy fsdp"),
         ("--shard_frozen --strategy fsdp --devices 2 --cache disk", "--shard_frozen keeps nothing, and --cache disk"),
         ("--strategy fsdp --devices 2 --train.optimizer muon", "does not go with --train.optimizer muon yet"),
         ("--strategy fsdp --devices 2 --stream_frozen --trainable_layers 11", "does not go with --stream_frozen yet"),
         ("--strategy fsdp --devices 2 --shard_frozen --lisa_layers 2", "--shard_frozen, beside blocks that thaw"),
+        ("--strategy fsdp1 --devices 2 --shard_frozen", "--strategy fsdp1 does not go with --shard_frozen"),
     ],
 )
 def test_what_does_not_go_together_is_told(tmp_path, words, told):
@@ -160,7 +163,13 @@ def test_what_does_not_go_together_is_told(tmp_path, words, told):
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [(("2", "fsdp"), ("1", "auto")), (("1", "auto"), ("2", "fsdp")), (("2", "ddp"), ("2", "fsdp"))]
+    ("first", "then"),
+    [
+        (("2", "fsdp"), ("1", "auto")),
+        (("1", "auto"), ("2", "fsdp")),
+        (("2", "ddp"), ("2", "fsdp1")),
+        (("2", "fsdp1"), ("2", "fsdp")),
+    ],
 )
 def test_a_run_goes_on_with_other_processes_than_it_began_with(tmp_path, alone, first, then):
     """What is saved does not tell how many there were."""
@@ -183,7 +192,7 @@ def stopped(words: list[object], number: str, step: int, rank: int) -> subproces
     return run([sys.executable, str(script), "finetune", *map(str, words)], env={**os.environ, **told})
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp1"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_when_one_is_lost_the_others_stop_and_say_so(tmp_path, alone, rank, strategy):
     out = tmp_path / "run"
@@ -208,7 +217,7 @@ def test_what_is_wrong_is_told_once(tmp_path):
         assert wrong.returncode == 2 and len(told) == 1 and told[0].startswith("error: "), wrong.stderr
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp1"])
 def test_two_hosts_meet_by_torchrun(tmp_path, alone, strategy):
     """Each has an agent of its own, which finds the other by an address and a port. What they find there is this
     process: an agent that serves the other may leave while that one still waits for its word (torch 2.13)."""

@@ -54,13 +54,14 @@ def log(run_dir: Path) -> list[dict]:
         return [{key: float(v) for key, v in row.items() if v and key not in timed} for row in csv.DictReader(rows)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_ends_as_its_uninterrupted_twin(tmp_path, records, monkeypatch, capsys, method):
+@pytest.mark.parametrize(("method", "precision"), [("lora", "32-true"), ("full", "32-true"), ("full", "16-mixed")])
+def test_a_resumed_run_ends_as_its_uninterrupted_twin(tmp_path, records, monkeypatch, capsys, method, precision):
     script, own = METHODS[method]
+    own = {**own, "precision": precision, "accelerator": "cpu"}
     whole = script(out_dir=tmp_path / "whole", train=TRAIN, eval=EVAL, data=DataArgs(path=records), **own)
     assert not (tmp_path / "whole/resume").exists()  # a finished run needs none
     cut = tmp_path / "cut"
-    interrupt(method, cut, records)
+    interrupt(method, cut, records, **own)
     told = capsys.readouterr().out
     assert f"litfreeze finetune {method} --resume {cut}" in told and not (cut / "final").exists()
     resumed = script(resume=cut)
