@@ -4,8 +4,8 @@
     Packed   sequences one after another in one stream, without pads; what several begin with may stand there once
     KVCache  one more piece of a sequence whose beginning was seen before
 
-Each is called with q (..., H, D) and k, v (..., G, D) of one block and returns what q is. A block's sliding `window`
-is the number of positions it sees, itself included; None for all.
+Each is called with q (..., H, D) and k, v (..., G, D) of one block and returns what q is; how the block looks stands in
+its `Look`.
 
 Shapes: B batch, T query positions, S key positions, N rows of a stream, H n_head, G n_query_groups, D head_size."""
 
@@ -22,24 +22,54 @@ from torch import Tensor
 from litfreeze.config import Config
 
 
+class Look(NamedTuple):
+    """How a block looks.
+
+    Attributes:
+        window: The number of positions it sees, itself included; None for all.
+        scale: What the scores q kᵀ are multiplied by; None for 1/√D.
+        softcap: They are bent to softcap · tanh(score / softcap) (Gemma 2, arXiv 2408.00118); None for not at all.
+    """
+
+    window: Optional[int] = None
+    scale: Optional[float] = None
+    softcap: Optional[float] = None
+
+
 class Attention(Protocol):
     """What the model asks of any of them."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: Optional[int], layer: int) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, look: Look, layer: int) -> Tensor: ...
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor]) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], look: Look) -> Tensor:
     """Softmax attention: q (B, T, H, D) and k, v (B, S, G, D) to (B, T, H, D). `mask` (T, S) is True where a query may
-    look; None is plain causal with T = S, or a single query that sees everything."""
+    look, the window of `look` included; None is plain causal with T = S, or a single query that sees everything."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|G, T|S, D)
     heads, groups = q.shape[1], k.shape[1]
+    if look.softcap is not None:
+        return _capped(q, k, v, mask, look).transpose(1, 2)
     if mask is not None and groups != heads:  # no fused kernel takes both a mask and groups
         k, v = k.repeat_interleave(heads // groups, 1), v.repeat_interleave(heads // groups, 1)
     causal = mask is None and q.shape[2] > 1
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != heads
+        q, k, v, attn_mask=mask, is_causal=causal, scale=look.scale, enable_gqa=k.shape[1] != heads
     )  # (B, H, T, D)
     return y.transpose(1, 2)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], look: Look) -> Tensor:
+    """The same in plain products, all scores at once: no fused kernel of torch's bends them. q (B, H, T, D) and k, v
+    (B, G, S, D) to (B, H, T, D)."""
+    T, S, D = q.shape[-2], k.shape[-2], q.shape[-1]
+    q = q.unflatten(1, (k.shape[1], -1))  # (B, G, H/G, T, D)
+    scores = (q @ k[:, :, None].mT).float() * (D**-0.5 if look.scale is None else look.scale)  # (B, G, H/G, T, S)
+    scores = look.softcap * torch.tanh(scores / look.softcap)
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
 def allowed(queries: Tensor, keys: Tensor, window: Optional[int]) -> Optional[Tensor]:
@@ -58,13 +88,13 @@ class Dense:
     def __init__(self) -> None:
         self.masks: dict[Optional[int], Optional[Tensor]] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: Optional[int], layer: int) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, look: Look, layer: int) -> Tensor:
         """(B, T, H, D) and (B, T, G, D) to (B, T, H, D)."""
-        if window not in self.masks:
+        if look.window not in self.masks:
             positions = torch.arange(q.shape[1])
-            mask = allowed(positions, positions, window)
-            self.masks[window] = None if mask is None else mask.to(q.device)
-        return attend(q, k, v, self.masks[window])
+            mask = allowed(positions, positions, look.window)
+            self.masks[look.window] = None if mask is None else mask.to(q.device)
+        return attend(q, k, v, self.masks[look.window], look)
 
 
 MANY = 2  # copies of the keys are too many
@@ -120,11 +150,11 @@ class Packed:
         self.masks: dict[tuple[int, Optional[int], bool], Optional[Tensor]] = {}
         self.laid: dict[bool, Stretches] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: Optional[int], layer: int) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, look: Look, layer: int) -> Tensor:
         """(N, H, D), or (M, H, D), and (N, G, D) to what q is."""
-        every = len(q) == len(k)
-        if (kernel := at_once(v.device, v.dtype, v.shape[-1])) is not None:
-            return self._in_one_call(kernel, q.to(v.dtype), k.to(v.dtype), v, window)
+        every, window = len(q) == len(k), look.window
+        if (kernel := at_once(v.device, v.dtype, v.shape[-1], look.softcap)) is not None:
+            return self._in_one_call(kernel, q.to(v.dtype), k.to(v.dtype), v, look)
         seen = []
         for i, (first, last, positions) in enumerate(self.asking if every else self.few):
             if first == last:
@@ -133,10 +163,10 @@ class Packed:
                 mask = allowed(positions, torch.arange(self._length(i)), window)
                 self.masks[i, window, every] = None if mask is None else mask.to(q.device)
             keys, values = (self._of(self.spans[i], t) for t in (k, v))  # (1, S, G, D)
-            seen.append(attend(q[None, first:last], keys, values, self.masks[i, window, every])[0])
+            seen.append(attend(q[None, first:last], keys, values, self.masks[i, window, every], look)[0])
         return torch.cat(seen) if len(seen) > 1 else seen[0]
 
-    def _in_one_call(self, kernel: "Kernel", q: Tensor, k: Tensor, v: Tensor, window: Optional[int]) -> Tensor:
+    def _in_one_call(self, kernel: "Kernel", q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         every = len(q) == len(k)
         if every not in self.laid:
             self.laid[every] = self.stretches(every).to(v.device)
@@ -144,10 +174,10 @@ class Packed:
             # Every turn of a long dialogue would have a copy of what comes before it: rather ask for all rows
             rows = self.rows.to(v.device)
             asked = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)  # (N, H, D)
-            return self._in_one_call(kernel, asked, k, v, window).index_select(0, rows)
+            return self._in_one_call(kernel, asked, k, v, look).index_select(0, rows)
         seen = self.laid[every].rows
         keys, values = (k, v) if seen is None else (k.index_select(0, seen), v.index_select(0, seen))  # (K, G, D)
-        return kernel(q, keys, values, self.laid[every], window)
+        return kernel(q, keys, values, self.laid[every], look)
 
     def stretches(self, every: bool) -> Stretches:
         """Of the queries of every row, or of those alone that it was made with."""
@@ -186,22 +216,30 @@ class Packed:
         return first, last, rows[first:last] - span.start + before
 
 
-def kernel_name(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+def kernel_name(device: torch.device, dtype: torch.dtype, config: Config) -> str:
     """By what `Packed` answers, for who keeps what came of it: kernels round differently."""
-    kernel = at_once(device, dtype, head_size)
-    return f"{'scaled_dot_product_attention of each span' if kernel is None else kernel.__name__} on {device.type}"
+    if (kernel := at_once(device, dtype, config.head_size, config.attention_softcap)) is not None:
+        return f"{kernel.__name__} on {device.type}"
+    plain = "scaled_dot_product_attention" if config.attention_softcap is None else "plain products"
+    return f"{plain} of each span on {device.type}"
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Stretches, Optional[int]], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Stretches, Look], Tensor]
 
 
 @cache
-def at_once(device: torch.device, dtype: torch.dtype, head_size: int) -> Optional[Kernel]:
+def at_once(device: torch.device, dtype: torch.dtype, head_size: int, softcap: Optional[float]) -> Optional[Kernel]:
     """What answers all stretches in one call on `device`; None where nothing does. FlashAttention-2 wants CUDA of
-    Ampere or later, a half-precision dtype and heads of at most 256, in eights; older versions of torch do not have
-    it, or not with windows and groups."""
+    Ampere or later, a half-precision dtype, heads of at most 256, in eights, and no softcap; older versions of torch
+    do not have it, or not with scales, windows and groups."""
     fits = dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
-    if device.type != "cuda" or not fits or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+    if (
+        softcap is not None
+        or device.type != "cuda"
+        or not fits
+        or torch.version.hip
+        or not torch.backends.cuda.is_flash_attention_available()
+    ):
         return None
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0) or (head_size > 192 and capability not in ((8, 0), (9, 0))):  # too little shared memory
@@ -210,17 +248,23 @@ def at_once(device: torch.device, dtype: torch.dtype, head_size: int) -> Optiona
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return flash_varlen if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+    return (
+        flash_varlen
+        if {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+        else None
+    )
 
 
-def flash_varlen(q: Tensor, keys: Tensor, values: Tensor, stretches: Stretches, window: Optional[int]) -> Tensor:
+def flash_varlen(q: Tensor, keys: Tensor, values: Tensor, stretches: Stretches, look: Look) -> Tensor:
     """q (M, H, D) with the keys and values (K, G, D) of its stretches to (M, H, D), by FlashAttention-2 (Dao, arXiv
     2307.08691). Its causal mask is drawn from the last query and the last key, as `Stretches` has them."""
     from torch.nn.attention.varlen import varlen_attn
 
-    left = -1 if window is None else window - 1
+    left = -1 if look.window is None else look.window - 1
     starts = stretches.queries, stretches.keys
-    return varlen_attn(q, keys, values, *starts, *stretches.longest, window_size=(left, 0), enable_gqa=True)
+    return varlen_attn(
+        q, keys, values, *starts, *stretches.longest, scale=look.scale, window_size=(left, 0), enable_gqa=True
+    )
 
 
 class LayerCache:
@@ -254,10 +298,10 @@ class KVCache:
         """Positions that every block has seen."""
         return min(layer.length for layer in self.layers)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: Optional[int], layer: int) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, look: Look, layer: int) -> Tensor:
         """(B, T, H, D) and (B, T, G, D), which follow what block `layer` has seen, to (B, T, H, D)."""
         start = self.layers[layer].length
         keys, values = self.layers[layer].extend(k, v)
         every = torch.arange(start + q.shape[1])
-        mask = allowed(every[start:], every, window)
-        return attend(q, keys, values, None if mask is None else mask.to(q.device))
+        mask = allowed(every[start:], every, look.window)
+        return attend(q, keys, values, None if mask is None else mask.to(q.device), look)

@@ -3,34 +3,14 @@
 A model's identity is what its config says, never its name. Every field is either honoured, known to leave the
 mathematics alone, or refused: a field that is silently dropped would be a wrong model. No heavy import here."""
 
-import json
 import math
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 from litfreeze.errors import UsageError, did_you_mean
-
-
-@dataclass(frozen=True)
-class RoPE:
-    """Rotary positions (Su et al., arXiv 2104.09864) and the ways to stretch them.
-
-    `n_elem` is how many of a head's dimensions rotate. `kind`: plain; linear (positions divided by `factor`); llama3
-    (low frequencies divided, as in Llama 3.1); yarn (Peng et al., arXiv 2309.00071)."""
-
-    n_elem: int
-    theta: float = 10000.0
-    kind: Literal["plain", "linear", "llama3", "yarn"] = "plain"
-    factor: float = 1.0
-    original_block_size: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
+from litfreeze.fields import Fields, RoPE
+from litfreeze.json_file import read_json
 
 
 @dataclass(frozen=True)
@@ -45,7 +25,7 @@ class Config:
     n_query_groups: int  # key/value heads: n_head is MHA, 1 is MQA, between them GQA
     head_size: int
     intermediate_size: int
-    norm: Literal["rmsnorm", "layernorm"]
+    norm: Literal["rmsnorm", "rmsnorm_plus_one", "layernorm"]
     norm_eps: float
     mlp: Literal["gated", "plain"]
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -54,9 +34,22 @@ class Config:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Optional[Literal["head", "all"]] = None  # over the elements of each head, or of all heads together
+    pre_norm: bool = True  # attention and MLP read the stream through a norm
+    post_norm: bool = False  # what they add to it goes through one
     parallel_residual: bool = False
     tie_embeddings: bool = False
+    embed_scale: float = 1.0  # what the embedding's rows are multiplied by
+    local_rope: Optional[RoPE] = None  # in blocks with a window, where theirs is another
+    attention_scale: Optional[float] = None  # of the scores; None: one by the root of the head size
+    attention_softcap: Optional[float] = None  # scores, and logits, are bent so as to stay within ±softcap
+    final_softcap: Optional[float] = None
+    # Mixture of experts: each token goes through the MLPs, of this size, that its block's router likes best
+    n_expert: int = 0
+    n_expert_per_token: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True  # the shares of those add up to one
+    dense_blocks: tuple[int, ...] = ()  # which have one MLP for all tokens
     initializer_range: float = 0.02
     # Those that `litfreeze expand` put in. It writes this field; the mathematics is the same without
     new_blocks: tuple[int, ...] = field(default=(), compare=False)
@@ -67,6 +60,14 @@ class Config:
         """How many logits the head gives: one for each class or, in a language model, for each token."""
         return len(self.labels) or self.vocab_size
 
+    def rope_of(self, i: int) -> Optional[RoPE]:
+        """The rotary positions of block `i`."""
+        return self.local_rope if self.local_rope and self.windows[i] is not None else self.rope
+
+    def has_experts(self, i: int) -> bool:
+        """Whether the MLP of block `i` is one of experts."""
+        return self.n_expert > 0 and i not in self.dense_blocks
+
     @classmethod
     def from_file(cls, path: Path) -> "Config":
         """The config of `path`, a `config.json`. Raises UsageError, naming the file."""
@@ -76,7 +77,7 @@ class Config:
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "Config":
         """The config that the Hugging Face dict `hf` describes. Raises UsageError for an architecture that is not
         supported and for any field that would change the model and is not honoured; `source` names it."""
-        fields = _Fields(hf, source)
+        fields = Fields(hf, source)
         model_type = fields.take("model_type", None)
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UsageError(
@@ -94,7 +95,9 @@ class Config:
         config = replace(config, new_blocks=fields.blocks("new_blocks", config.n_layer))
         if any(architecture.endswith(CLASSIFIER) for architecture in architectures):
             # Whatever the file says of the head of its language model: a classifier's has no embedding to share
-            config = replace(config, labels=fields.classes(), tie_embeddings=False)
+            config = replace(config, labels=fields.classes(), tie_embeddings=False, final_softcap=None)
+        if config.rope is not None and config.rope.kind == "longrope":
+            config = replace(config, block_size=min(config.block_size, config.rope.original_block_size))
         fields.refuse_the_rest()
         _check(config, source)
         return config
@@ -103,16 +106,22 @@ class Config:
 # --- one function per shape of config.json --------------------------------------------------------------------------
 
 
-def _llama_like(fields: "_Fields", model_type: str) -> Config:
-    """Llama, Mistral, Qwen2 and Qwen3: one block, told apart by biases, q/k norm and windows."""
+def _llama_like(fields: Fields, model_type: str) -> Config:
+    """Llama, Mistral, Qwen, OLMo 2, Phi-3: one block, told apart by biases, norms, windows and experts."""
     n_embd, n_head, n_layer = (fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    intermediate_size = fields.size("intermediate_size")
     # Qwen3's head size has a default of its own; the others derive it
     head_size = fields.size("head_dim", 128 if model_type == "qwen3" else n_embd // n_head)
     block_size = fields.size("max_position_embeddings")
-    attention_bias = False if model_type in ("mistral", "qwen2") else fields.flag("attention_bias", False)
-    rope = fields.rope(head_size, block_size)
-    if rope.n_elem != head_size:
+    unbiased = model_type in ("mistral", "mixtral", "qwen2", "phi3")
+    attention_bias = False if unbiased else fields.flag("attention_bias", False)
+    rope = fields.rope(head_size, block_size, theta=1e6 if model_type == "mixtral" else 1e4)
+    if rope.n_elem != head_size and model_type != "phi3":
         raise UsageError(f"{fields.source}: partial_rotary_factor is not supported in a {model_type} model.")
+    if model_type == "phi3":
+        fields.must_be("full_attn_mod", 1)
+        fields.must_be("interpolate_factor", 1)
+        fields.take("original_max_position_embeddings", None)  # of a model that is not stretched
     return Config(
         vocab_size=fields.size("vocab_size"),
         block_size=block_size,
@@ -121,9 +130,9 @@ def _llama_like(fields: "_Fields", model_type: str) -> Config:
         n_head=n_head,
         n_query_groups=fields.size("num_key_value_heads", n_head),
         head_size=head_size,
-        intermediate_size=fields.size("intermediate_size"),
+        intermediate_size=intermediate_size,
         norm="rmsnorm",
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_eps=fields.number("rms_norm_eps", 1e-5 if model_type in ("mixtral", "phi3", "olmo2") else 1e-6),
         mlp="gated",
         activation=fields.activation("hidden_act", "silu"),
         rope=rope,
@@ -131,26 +140,61 @@ def _llama_like(fields: "_Fields", model_type: str) -> Config:
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias,
         mlp_bias=fields.flag("mlp_bias", False) if model_type == "llama" else False,
-        qk_norm=model_type == "qwen3",
+        qk_norm="head" if model_type in ("qwen3", "qwen3_moe") else "all" if model_type == "olmo2" else None,
+        pre_norm=model_type != "olmo2",
+        post_norm=model_type == "olmo2",
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         initializer_range=fields.number("initializer_range", 0.02),
+        **(_experts(fields, model_type, n_layer, intermediate_size) if model_type in ("mixtral", "qwen3_moe") else {}),
     )
 
 
-def _windows(fields: "_Fields", model_type: str, n_layer: int) -> tuple[Optional[int], ...]:
-    """Sliding windows per block: none in Llama, in every block of Mistral, by `layer_types` in Qwen."""
-    if model_type == "llama":
+def _experts(fields: Fields, model_type: str, n_layer: int, intermediate_size: int) -> dict[str, Any]:
+    """The fields of Mixtral's experts, and of Qwen3's, which may leave out some blocks and have a size of their own."""
+    if model_type == "mixtral":
+        size, dense, normalised = intermediate_size, (), True
+        count = fields.size("num_local_experts", 8)
+    else:
+        size, normalised = fields.size("moe_intermediate_size", 768), fields.flag("norm_topk_prob", False)
+        count = fields.size("num_experts", fields.size("num_local_experts", 128))
+        every, listed = fields.size("decoder_sparse_step", 1), fields.blocks("mlp_only_layers", n_layer)
+        dense = tuple(i for i in range(n_layer) if i in listed or (i + 1) % every)
+    each = fields.size("num_experts_per_tok", 2 if model_type == "mixtral" else 8)
+    if each > count:
+        raise UsageError(f"{fields.source}: a token cannot go through {each} of {count} experts.")
+    return {
+        "n_expert": count,
+        "n_expert_per_token": each,
+        "moe_intermediate_size": size,
+        "norm_topk_prob": normalised,
+        "dense_blocks": dense,
+    }
+
+
+def _windows(fields: Fields, model_type: str, n_layer: int) -> tuple[Optional[int], ...]:
+    """Sliding windows per block: none in Llama and OLMo 2, in every block of Mistral, Mixtral, Phi-3 and (where it is
+    asked for) Qwen3's experts, by `layer_types` in Qwen2 and Qwen3."""
+    if model_type in ("llama", "olmo2"):
         return (None,) * n_layer
-    window = fields.take("sliding_window", 4096)
-    if model_type == "mistral":
+    window = fields.take("sliding_window", 4096 if model_type in ("mistral", "qwen2", "qwen3", "qwen3_moe") else None)
+    if model_type in ("mistral", "mixtral", "phi3"):
         return (window,) * n_layer
     if not fields.flag("use_sliding_window", False):
         window = None
     first = fields.take("max_window_layers", 28)
     if not isinstance(first, int):
         raise UsageError(f"{fields.source}: max_window_layers is {first!r}; it must be a whole number.")
-    kinds = fields.words("layer_types")
-    kinds = kinds or ["sliding_attention" if window and i >= first else "full_attention" for i in range(n_layer)]
+    if model_type == "qwen3_moe":
+        return (window,) * n_layer
+    return _by_kind(
+        fields, window, ["sliding_attention" if window and i >= first else "full_attention" for i in range(n_layer)]
+    )
+
+
+def _by_kind(fields: Fields, window: Optional[int], usual: list[str]) -> tuple[Optional[int], ...]:
+    """The window of each block by what `layer_types` or, without it, `usual` calls its attention."""
+    n_layer = len(usual)
+    kinds = fields.words("layer_types") or usual
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown or len(kinds) != n_layer:
         raise UsageError(
@@ -160,14 +204,68 @@ def _windows(fields: "_Fields", model_type: str, n_layer: int) -> tuple[Optional
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _even_head_size(fields: "_Fields", n_embd: int, n_head: int) -> int:
+def _gemma(fields: Fields, model_type: str) -> Config:
+    """Gemma 2 and 3 (text): four norms to a block, and every second, or all but every sixth, block with a window."""
+    n_embd, n_head, n_layer = (fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    head_size, block_size = fields.size("head_dim", 256), fields.size("max_position_embeddings")
+    third = model_type == "gemma3_text"
+    if third:
+        every = fields.size("sliding_window_pattern", fields.size("_sliding_window_pattern", 6))
+        rope, local_rope = _ropes_by_kind(fields, head_size, block_size)
+    else:
+        every, rope, local_rope = 2, fields.rope(head_size, block_size), None
+    usual = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n_layer)]
+    attention_bias = fields.flag("attention_bias", False)
+    fields.take("hidden_act", None)  # an old name of what follows, not read by transformers either
+    return Config(
+        vocab_size=fields.size("vocab_size"),
+        block_size=block_size,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_query_groups=fields.size("num_key_value_heads", 4),
+        head_size=head_size,
+        intermediate_size=fields.size("intermediate_size"),
+        norm="rmsnorm_plus_one",
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        mlp="gated",
+        activation=fields.activation("hidden_activation", "gelu_pytorch_tanh"),
+        rope=rope,
+        local_rope=local_rope,
+        windows=_by_kind(fields, fields.take("sliding_window", 4096), usual),
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        qk_norm="head" if third else None,
+        post_norm=True,
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        embed_scale=math.sqrt(n_embd),
+        attention_scale=1 / math.sqrt(fields.number("query_pre_attn_scalar", 256)),
+        attention_softcap=None if third else fields.softcap("attn_logit_softcapping", 50.0),
+        final_softcap=fields.softcap("final_logit_softcapping", None if third else 30.0),
+        initializer_range=fields.number("initializer_range", 0.02),
+    )
+
+
+def _ropes_by_kind(fields: Fields, head_size: int, block_size: int) -> tuple[RoPE, RoPE]:
+    """Gemma 3's rotary positions in blocks that see everything, and in those with a window, in both spellings."""
+    both = fields.take("rope_parameters", None) or {}
+    if not isinstance(both, dict) or set(both) - {"full_attention", "sliding_attention"}:
+        raise UsageError(f"{fields.source}: rope_parameters must have full_attention and sliding_attention.")
+    wide, local_theta = both.get("full_attention"), fields.number("rope_local_base_freq", 1e4)
+    fields.left["rope_parameters"] = wide
+    rope = fields.rope(head_size, block_size, theta=1e6)
+    fields.left["rope_parameters"] = both.get("sliding_attention")
+    return rope, fields.rope(head_size, block_size, theta=local_theta)
+
+
+def _even_head_size(fields: Fields, n_embd: int, n_head: int) -> int:
     """GPT-NeoX and GPT-2 always cut the width into equal heads."""
     if n_embd % n_head:
         raise UsageError(f"{fields.source}: a width of {n_embd} is not a multiple of {n_head} heads.")
     return n_embd // n_head
 
 
-def _gpt_neox(fields: "_Fields", _: str) -> Config:
+def _gpt_neox(fields: Fields, _: str) -> Config:
     n_embd, n_head, n_layer = (fields.size(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     head_size = _even_head_size(fields, n_embd, n_head)
     attention_bias = fields.flag("attention_bias", True)
@@ -196,7 +294,7 @@ def _gpt_neox(fields: "_Fields", _: str) -> Config:
     )
 
 
-def _gpt2(fields: "_Fields", _: str) -> Config:
+def _gpt2(fields: Fields, _: str) -> Config:
     n_embd, n_head, n_layer = (fields.size(k) for k in ("n_embd", "n_head", "n_layer"))
     fields.must_be("scale_attn_weights", True)
     fields.must_be("scale_attn_by_inverse_layer_idx", False)
@@ -226,8 +324,7 @@ def _gpt2(fields: "_Fields", _: str) -> Config:
     )
 
 
-DEPTHS = ("num_hidden_layers", "n_layer")
-MOST_LAYERS, MOST_ELEMENTS = 1000, 2**40  # far above any model's, and what memory could be asked for
+MOST_ELEMENTS = 2**40  # of one tensor
 CLASSIFIER = "ForSequenceClassification"  # how transformers' names of classifiers end
 
 FAMILIES = {
@@ -235,216 +332,22 @@ FAMILIES = {
     "mistral": _llama_like,
     "qwen2": _llama_like,
     "qwen3": _llama_like,
+    "qwen3_moe": _llama_like,
+    "mixtral": _llama_like,
+    "olmo2": _llama_like,
+    "phi3": _llama_like,
+    "gemma2": _gemma,
+    "gemma3_text": _gemma,
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
 }
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-
-# The regularisation of pretraining: litfreeze trains without dropout, as LitGPT does, and says so
-DROPOUT = ("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
-
-# Fields that do not change a forward pass: tokens and generation habits, and bookkeeping
-# fmt: off
-HARMLESS = frozenset({
-    *DROPOUT,
-    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
-    "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
-    "sep_token_id", "unk_token_id", "decoder_start_token_id",
-    "classifier_dropout", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_proj_to_labels", "summary_first_dropout", "task_specific_params", "pretraining_tp", "is_llama_config",
-    "id2label", "label2id", "num_labels", "_num_labels", "problem_type", "output_hidden_states", "output_attentions",
-    "return_dict",
-    "return_dict_in_generate", "chunk_size_feed_forward", "tokenizer_class", "prefix", "finetuning_task",
-    "transformers.js_config", "unsloth_version", "unsloth_fixed", "temperature", "top_p", "top_k", "do_sample",
-    "max_length", "min_length", "repetition_penalty", "num_beams", "model_max_length", "torchscript",
-    "gradient_checkpointing", "keys_to_ignore_at_inference", "is_decoder",
-})
-# fmt: on
-
-
-class _Fields:
-    """A config.json while it is read: hands out each field once and, at the end, refuses what nobody took."""
-
-    def __init__(self, hf: dict[str, Any], source: str) -> None:
-        self.left = dict(hf)
-        self.source = source
-
-    def take(self, key: str, default: Any) -> Any:
-        return self.left.pop(key, default)
-
-    def size(self, key: str, default: Optional[int] = None) -> int:
-        """A positive whole number that a tensor can have; null counts as absent, as in transformers."""
-        value = self.take(key, None)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
-            told = "is missing" if value is None else f"is {value!r}; it must be a positive whole number"
-            raise UsageError(f"{self.source}: {key} {told}.")
-        if key in DEPTHS and value > MOST_LAYERS:
-            raise UsageError(f"{self.source}: {key} is {value}; litfreeze takes up to {MOST_LAYERS:,} blocks.")
-        return value
-
-    def number(self, key: str, default: float, within: Optional[dict[str, Any]] = None) -> float:
-        """A positive number."""
-        value = (self.left if within is None else within).pop(key, None)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-            raise UsageError(f"{self.source}: {key} is {value!r}; it must be a positive number.")
-        return float(value)
-
-    def flag(self, key: str, default: bool, within: Optional[dict[str, Any]] = None) -> bool:
-        value = (self.left if within is None else within).pop(key, None)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise UsageError(f"{self.source}: {key} is {value!r}; it must be true or false.")
-        return value
-
-    def words(self, key: str) -> list[str]:
-        value = self.take(key, None) or []
-        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-            raise UsageError(f"{self.source}: {key} is {value!r}; it must be a list of words.")
-        return value
-
-    def blocks(self, key: str, n_layer: int) -> tuple[int, ...]:
-        """Rising ids of some of `n_layer` blocks."""
-        value = self.take(key, None) or []
-        whole = isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
-        if not whole or sorted(set(value)) != value or (value and not 0 <= value[0] <= value[-1] < n_layer):
-            raise UsageError(f"{self.source}: {key} is {value!r}; it must be a rising list of ids below {n_layer}.")
-        return tuple(value)
-
-    def classes(self) -> tuple[str, ...]:
-        """The names of a classifier's classes: those of id2label which, as in transformers, may be left out of two."""
-        kind = self.take("problem_type", None)
-        if kind not in (None, "single_label_classification"):
-            raise UsageError(f"{self.source}: problem_type {kind!r} is not supported; single_label_classification is.")
-        named = self.take("id2label", None)
-        named = {"0": "LABEL_0", "1": "LABEL_1"} if named is None else named
-        ids = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
-        labels = tuple(named[i] for i in ids if i in named)
-        whole = len(labels) == len(ids) and all(isinstance(label, str) and label for label in labels)
-        if len(labels) < 2 or not whole or len(set(labels)) < len(labels):
-            raise UsageError(
-                f"{self.source}: id2label is {json.dumps(named)[:80]}; it must name two or more classes, each by a "
-                'text of its own, from "0" on without a gap.'
-            )
-        if self.take("num_labels", None) not in (None, len(labels)):
-            raise UsageError(f"{self.source}: num_labels is not the number of classes in id2label, {len(labels)}.")
-        return labels
-
-    def activation(self, key: str, default: str) -> str:
-        name = self.take(key, default)
-        if not isinstance(name, str) or name not in ACTIVATIONS:
-            raise UsageError(f"{self.source}: {key} {name!r} is not supported. Supported: {', '.join(ACTIVATIONS)}.")
-        return ACTIVATIONS[name]
-
-    def must_be(self, key: str, allowed: Any) -> None:
-        value = self.take(key, allowed)
-        if value != allowed:
-            raise UsageError(f"{self.source}: {key}={value!r} is not supported, only {allowed!r}.")
-
-    def rope(
-        self,
-        head_size: int,
-        block_size: int,
-        theta_key: str = "rope_theta",
-        share_key: str = "partial_rotary_factor",
-        share: float = 1.0,
-    ) -> RoPE:
-        """Both spellings: transformers 4's rope_theta + rope_scaling, and transformers 5's rope_parameters, which like
-        there counts only without the former."""
-        theta, share = self.number(theta_key, 10000.0), self.number(share_key, share)
-        parameters = self.take("rope_parameters", None)
-        scaling = self.take("rope_scaling", None) or parameters or {}
-        if not isinstance(scaling, dict):
-            raise UsageError(f"{self.source}: the rotary scaling is {scaling!r}; it must be an object.")
-        scaling = dict(scaling)
-        kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-        scaling.pop("type", None)
-        theta = self.number("rope_theta", theta, scaling)
-        share = self.number("partial_rotary_factor", share, scaling)
-        if share > 1:
-            raise UsageError(f"{self.source}: {share:g} of a head's dimensions cannot rotate; 1 is all of them.")
-        n_elem = int(head_size * share)
-        if kind == "default":
-            rope = RoPE(n_elem, theta)
-        elif kind == "linear":
-            rope = RoPE(n_elem, theta, "linear", self.number("factor", 0, scaling))
-        elif kind == "llama3":
-            rope = RoPE(
-                n_elem,
-                theta,
-                "llama3",
-                self.number("factor", 0, scaling),
-                self._original_size(block_size, scaling),
-                self.number("low_freq_factor", 0, scaling),
-                self.number("high_freq_factor", 0, scaling),
-            )
-        elif kind == "yarn":
-            rope = self._yarn(n_elem, theta, block_size, scaling)
-        else:
-            raise UsageError(
-                f"{self.source}: rope_type {kind!r} is not supported. Supported: default, linear, llama3, yarn."
-            )
-        if left := [key for key, value in scaling.items() if value]:
-            raise UsageError(f"{self.source}: rope {kind!r} has fields litfreeze does not honour: {', '.join(left)}.")
-        return rope
-
-    def _yarn(self, n_elem: int, theta: float, block_size: int, scaling: dict[str, Any]) -> RoPE:
-        if theta <= 1:
-            raise UsageError(f"{self.source}: rope_theta is {theta:g}; yarn needs more than 1.")
-        original = self._original_size(block_size, scaling)
-        factor = self.number("factor", block_size / original, scaling)
-        mscales = [self.number(key, 1.0, scaling) for key in ("mscale", "mscale_all_dim") if scaling.get(key)]
-
-        def temperature(m: float) -> float:
-            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-        attention_factor = temperature(mscales[0]) / temperature(mscales[1]) if len(mscales) == 2 else temperature(1.0)
-        return RoPE(
-            n_elem,
-            theta,
-            "yarn",
-            factor,
-            original,
-            beta_fast=self.number("beta_fast", 32.0, scaling),
-            beta_slow=self.number("beta_slow", 1.0, scaling),
-            truncate=self.flag("truncate", True, scaling),
-            attention_factor=self.number("attention_factor", attention_factor, scaling),
-        )
-
-    def _original_size(self, block_size: int, scaling: dict[str, Any]) -> int:
-        """How many positions the model was trained with before they were stretched."""
-        size = self.number("original_max_position_embeddings", block_size, scaling)
-        if not 1 <= size < 2**63:
-            raise UsageError(f"{self.source}: original_max_position_embeddings is {size:g}; it must be 1 or more.")
-        return int(size)
-
-    def refuse_the_rest(self) -> None:
-        """A field nobody took must be harmless or switched off."""
-        off = (None, False, 0, "", [], {})
-        rest = {k: v for k, v in self.left.items() if k not in HARMLESS and v not in off}
-        if rest:
-            told = ", ".join(f"{k}={json.dumps(v)[:60]}" for k, v in list(rest.items())[:3])
-            raise UsageError(
-                f"{self.source}: litfreeze does not honour {told}. "
-                "If it leaves the model's mathematics alone, delete it from a copy of config.json."
-            )
 
 
 def _check(config: Config, source: str) -> None:
     """Sizes that fit together, and that a machine can hold."""
     positions = 0 if config.rope else config.block_size
-    widest = max(config.vocab_size, positions, config.n_head * config.head_size, config.intermediate_size)
+    wide = max(config.intermediate_size, config.moe_intermediate_size * config.n_expert)
+    widest = max(config.vocab_size, positions, config.n_head * config.head_size, wide)
     if widest * config.n_embd > MOST_ELEMENTS:
         raise UsageError(f"{source}: a tensor of {widest:,} x {config.n_embd:,} is larger than any model's.")
     if config.n_head % config.n_query_groups:
@@ -455,22 +358,6 @@ def _check(config: Config, source: str) -> None:
         raise UsageError(f"{source}: rotary positions need an even number of dimensions, not {config.rope.n_elem}.")
     if any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w < 1) for w in config.windows):
         raise UsageError(f"{source}: sliding_window must be a positive whole number or null.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UsageError, naming the file, if it is absent, broken or not an object."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
-    return content
 
 
 def _llama_preset(**fields: Any) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The model: a decoder-only transformer, everything `Config` can describe, in one file.
 
     tokens ─ embed_tokens ─ run_blocks(start, stop) ─ logits
-                             └ Block: norm ─ attention ─ + ─ norm ─ MLP ─ +
+                             └ Block: norm ─ attention ─ norm ─ + ─ norm ─ MLP, or experts ─ norm ─ +
+
+(A family has the norms before, those after, or both.)
 
 It knows nothing of training, files or the command line. It has no buffers: what RoPE needs is computed from the config,
 so a model built on the meta device is complete once its parameters are.
@@ -22,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from litfreeze.attention import Attention, Dense, KVCache
-from litfreeze.config import Config, RoPE
+from litfreeze.attention import Attention, Dense, KVCache, Look
+from litfreeze.config import Config
+from litfreeze.fields import RoPE
 
 
 class GPT(nn.Module):
@@ -61,6 +64,8 @@ class GPT(nn.Module):
     def embed_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The residual stream (..., C) of `tokens` (...) below the first block."""
         x = self.embed(tokens).to(self.stream or self.embed.weight.dtype)
+        if self.config.embed_scale != 1:
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded first, as it was in training
         return x if self.pos_embed is None else x + self.pos_embed(positions)
 
     def run_blocks(
@@ -81,9 +86,11 @@ class GPT(nn.Module):
         (Chen et al., arXiv 1604.06174).
         """
         stop = self.config.n_layer if stop is None else stop
-        rotation = rotary_angles(self.config.rope, positions, x.dtype) if self.config.rope else None
+        ropes = {self.config.rope_of(i) for i in range(start, stop)} - {None}
+        rotations = {rope: rotary_angles(rope, positions, x.dtype) for rope in ropes}
         for i in range(start, stop):
             block, wanted = self.blocks[i], rows if i == stop - 1 else None
+            rotation = rotations.get(self.config.rope_of(i))
             if recompute and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
                 x = checkpoint(block, x, rotation, attention, wanted, use_reentrant=False)
             else:
@@ -92,7 +99,12 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: (..., C) to (..., V)."""
-        return self.head(self.final_norm(x))
+        return self.bend(self.head(self.final_norm(x)))
+
+    def bend(self, logits: Tensor) -> Tensor:
+        """Logits within ± the config's softcap, where it has one (Gemma 2, arXiv 2408.00118)."""
+        cap = self.config.final_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -104,7 +116,7 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if self.config.norm == "rmsnorm_plus_one" else 1.0)
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 scale = 1 / math.sqrt(2 * self.config.n_layer) if writes else 1.0
@@ -123,14 +135,18 @@ def meta_parameters(config: Config) -> dict[str, Tensor]:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, one after the other or, as in GPT-NeoX, side by side."""
+    """Attention and MLP, one after the other or, as in GPT-NeoX, side by side; each reads the stream through a norm, or
+    adds to it through one, or both."""
 
     def __init__(self, config: Config, i: int) -> None:
         super().__init__()
-        self.norm_1 = build_norm(config, config.n_embd)
+        before, after = config.pre_norm, config.post_norm
+        self.norm_1 = build_norm(config, config.n_embd) if before else None
         self.attn = CausalSelfAttention(config, i)
-        self.norm_2 = build_norm(config, config.n_embd)
-        self.mlp = MLP(config)
+        self.post_norm_1 = build_norm(config, config.n_embd) if after else None
+        self.norm_2 = build_norm(config, config.n_embd) if before else None
+        self.mlp = Experts(config) if config.has_experts(i) else MLP(config, config.intermediate_size)
+        self.post_norm_2 = build_norm(config, config.n_embd) if after else None
         self.parallel_residual = config.parallel_residual
 
     def forward(
@@ -141,23 +157,28 @@ class Block(nn.Module):
         rows: Optional[Tensor] = None,
     ) -> Tensor:
         """(..., C) to (..., C); (N, C) to (M, C) if only `rows` (M,) are wanted."""
-        seen = attention(*self.ask(x, rotation, rows), self.attn.window, self.attn.layer)
+        seen = attention(*self.ask(x, rotation, rows), self.attn.look, self.attn.layer)
         return self.go_on(x, seen, rows)
 
     def ask(
         self, x: Tensor, rotation: Optional[tuple[Tensor, Tensor]], rows: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What comes before the rows of x (..., C) look at each other: queries, keys and values."""
-        return self.attn(self.norm_1(x), rotation, rows)
+        return self.attn(through(self.norm_1, x), rotation, rows)
 
     def go_on(self, x: Tensor, seen: Tensor, rows: Optional[Tensor]) -> Tensor:
         """What comes after it: of x (..., C) and what was `seen` (..., H, D) to (..., C)."""
-        attended = self.attn.o_proj(seen.flatten(-2))
+        attended = through(self.post_norm_1, self.attn.o_proj(seen.flatten(-2)))
         x = x if rows is None else x[rows]
         if self.parallel_residual:
             return self.mlp(self.norm_2(x)) + attended + x
         x = x + attended
-        return x + self.mlp(self.norm_2(x))
+        return x + through(self.post_norm_2, self.mlp(through(self.norm_2, x)))
+
+
+def through(norm: Optional[nn.Module], x: Tensor) -> Tensor:
+    """What `norm` makes of x, or x where the family has none."""
+    return x if norm is None else norm(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -170,10 +191,12 @@ class CausalSelfAttention(nn.Module):
         self.k_proj = Linear(n_embd, config.n_query_groups * head_size, bias=config.qkv_bias)
         self.v_proj = Linear(n_embd, config.n_query_groups * head_size, bias=config.qkv_bias)
         self.o_proj = Linear(config.n_head * head_size, n_embd, bias=config.o_bias)
-        self.q_norm = build_norm(config, head_size) if config.qk_norm else None
-        self.k_norm = build_norm(config, head_size) if config.qk_norm else None
-        self.head_size = head_size
-        self.layer, self.window = i, config.windows[i]
+        self.q_norm = self.k_norm = None
+        if config.qk_norm is not None:
+            heads, groups = (config.n_head, config.n_query_groups) if config.qk_norm == "all" else (1, 1)
+            self.q_norm, self.k_norm = (build_norm(config, n * head_size) for n in (heads, groups))
+        self.qk_norm, self.head_size = config.qk_norm, head_size
+        self.layer, self.look = i, Look(config.windows[i], config.attention_scale, config.attention_softcap)
 
     def forward(
         self, x: Tensor, rotation: Optional[tuple[Tensor, Tensor]], rows: Optional[Tensor]
@@ -181,10 +204,11 @@ class CausalSelfAttention(nn.Module):
         """Queries (..., H, D), or of `rows` alone (M, H, D), keys and values (..., G, D) of x (..., C), as positions
         turn them. `rotation`: cos and sin (..., 1, n_elem)."""
         asking = x if rows is None else x[rows]
-        q = self.q_proj(asking).unflatten(-1, (-1, self.head_size))  # (..., H, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # (..., G, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
-        if self.q_norm is not None:
+        q, k, v = self.q_proj(asking), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_size)) for t in (q, k, v))  # (..., H, D), (..., G, D) twice
+        if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             cos, sin = rotation
@@ -196,9 +220,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Gated (SwiGLU, GeGLU; Shazeer, arXiv 2002.05202) or plain."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, wide: int) -> None:
         super().__init__()
-        wide, bias = config.intermediate_size, config.mlp_bias
+        bias = config.mlp_bias
         self.gate_proj = Linear(config.n_embd, wide, bias=bias) if config.mlp == "gated" else None
         self.up_proj = Linear(config.n_embd, wide, bias=bias)
         self.down_proj = Linear(wide, config.n_embd, bias=bias)
@@ -209,6 +233,49 @@ class MLP(nn.Module):
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """Many MLPs, of which each row goes through the few that the router likes best (Shazeer et al., arXiv 1701.06538;
+    Mixtral, arXiv 2401.04088). Litfreeze trains them for what they say: there is no loss for balance between them."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.router = Router(config.n_embd, config.n_expert)
+        self.experts = nn.ModuleList(MLP(config, config.moe_intermediate_size) for _ in range(config.n_expert))
+        self.each, self.normalised = config.n_expert_per_token, config.norm_topk_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
+        rows = x.reshape(-1, x.shape[-1])  # (N, C)
+        shares, chosen = self.router(rows).float().softmax(-1).topk(self.each, dim=-1)  # (N, K) twice
+        if self.normalised:
+            shares = shares / shares.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)  # by expert
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        y = torch.zeros_like(rows)
+        for expert, places in zip(self.experts, order.split(counts), strict=True):
+            # One that trains runs on no row too: its gradient is then zero, on every process
+            if len(places) or (torch.is_grad_enabled() and any(p.requires_grad for p in expert.parameters())):
+                mine = places // self.each
+                # Alone, a row's product would round by where the weight lies in memory
+                pair = len(mine) == 1 < len(rows)
+                out = expert(rows[mine].expand(2, -1))[:1] if pair else expert(rows[mine])
+                out = out * shares.flatten()[places, None]
+                y = y.index_add(0, mine, out.to(y.dtype))
+        return y.view(x.shape)
+
+
+class Router(nn.Module):
+    """How much each row likes each of E experts. No linear layer of the kind that adapters and quantisation go to."""
+
+    def __init__(self, n_embd: int, n_expert: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_expert, n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) to (N, E)."""
+        return linear(x, self.weight)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -286,6 +353,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class RMSNormPlusOne(nn.Module):
+    """x / rms(x) · (1 + weight), as Gemma has it, in fp32 inside."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """(x - mean) / std · weight + bias over the last dimension."""
 
@@ -301,7 +380,10 @@ class LayerNorm(nn.Module):
 
 def build_norm(config: Config, size: int) -> nn.Module:
     """The config's kind of norm over `size` elements."""
-    return (RMSNorm if config.norm == "rmsnorm" else LayerNorm)(size, config.norm_eps)
+    return NORMS[config.norm](size, config.norm_eps)
+
+
+NORMS = {"rmsnorm": RMSNorm, "rmsnorm_plus_one": RMSNormPlusOne, "layernorm": LayerNorm}
 
 
 # --- positions ------------------------------------------------------------------------------------------------------
@@ -313,6 +395,8 @@ def rotary_frequencies(rope: RoPE, device: torch.device) -> Tensor:
     plain = 1.0 / rope.theta ** (pairs / rope.n_elem)
     if rope.kind == "linear":
         return plain / rope.factor
+    if rope.kind == "longrope":
+        return plain / torch.tensor(rope.factors, device=device)
     if rope.kind == "llama3":
         # Long waves are divided, short ones kept, those between blended by how often they fit the old context
         turns = rope.original_block_size * plain / (2 * math.pi)

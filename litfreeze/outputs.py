@@ -9,8 +9,8 @@ from typing import Optional
 
 from filelock import FileLock, Timeout
 
-from litfreeze.config import read_json
 from litfreeze.errors import UsageError
+from litfreeze.json_file import read_json
 
 RUNS = Path("out/finetune")
 FINAL, BEST, RESUME, MERGED_BASE = "final", "best", "resume", "base"

@@ -14,8 +14,8 @@ import sentencepiece
 import tokenizers
 
 from litfreeze.chat_template import ChatTemplate
-from litfreeze.config import read_json
 from litfreeze.errors import UsageError
+from litfreeze.json_file import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -90,6 +90,10 @@ def llama_like(draw, model_type: str, positions: st.SearchStrategy, **more: st.S
     return fields | draw(positions)
 
 
+BIASES = {"attention_bias": st.booleans(), "mlp_bias": st.booleans()}
+SOMETIMES_SHORT = st.sampled_from([None, 1, 3, 7, 4096])
+
+
 @st.composite
 def qwen(draw, model_type: str, **more: st.SearchStrategy) -> Fields:
     """Windows in all blocks, in the upper ones or where `layer_types` says; Qwen3's head size is always told, since
@@ -145,8 +149,86 @@ def gpt2(draw) -> Fields:
     }
 
 
-BIASES = {"attention_bias": st.booleans(), "mlp_bias": st.booleans()}
-SOMETIMES_SHORT = st.sampled_from([None, 1, 3, 7, 4096])
+@st.composite
+def gemma(draw, model_type: str) -> Fields:
+    """Windows by a count, or where `layer_types` says; other positions in blocks that have one (Gemma 3)."""
+    n_head = draw(st.sampled_from([2, 4]))
+    n_layer = draw(st.integers(1, 4))
+    kinds = st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=n_layer, max_size=n_layer)
+    fields = {
+        "model_type": model_type,
+        "vocab_size": draw(st.sampled_from([61, 96])),
+        "hidden_size": n_head * draw(st.sampled_from([8, 10])),
+        "intermediate_size": draw(st.integers(5, 40)),
+        "num_hidden_layers": n_layer,
+        "num_attention_heads": n_head,
+        "num_key_value_heads": draw(st.sampled_from([1, 2])),
+        "head_dim": draw(st.sampled_from([4, 10])),
+        "max_position_embeddings": BLOCK_SIZE,
+        "hidden_activation": draw(st.sampled_from(["gelu_pytorch_tanh", "silu"])),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-2])),
+        "query_pre_attn_scalar": draw(st.sampled_from([8, 20])),
+        "sliding_window": draw(st.integers(1, 12)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "final_logit_softcapping": draw(st.sampled_from([None, 10.0, 30.0])),
+        **draw(st.sampled_from([{}, {"layer_types": draw(kinds)}])),
+    }
+    if model_type == "gemma2":
+        return fields | {"attn_logit_softcapping": draw(st.sampled_from([None, 1.0, 50.0]))} | draw(rope(("default",)))
+    fields |= draw(st.sampled_from([{}, {"sliding_window_pattern": draw(st.integers(1, 4))}]))
+    local, wide = draw(st.sampled_from([10000.0, 30.0])), draw(st.sampled_from([1e6, 500.0]))
+    stretched = draw(st.sampled_from([{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}]))
+    if draw(st.booleans()):
+        kinds = {"full_attention": {**stretched, "rope_theta": wide}}
+        return fields | {
+            "rope_parameters": kinds | {"sliding_attention": {"rope_type": "default", "rope_theta": local}}
+        }
+    scaling = {} if stretched["rope_type"] == "default" else {"rope_scaling": stretched}
+    return fields | {"rope_theta": wide, "rope_local_base_freq": local} | scaling
+
+
+@st.composite
+def phi3(draw) -> Fields:
+    """Projections that are one tensor, a part of each head that turns, and factors for short and long texts. Texts are
+    short here: the long factors are for what litfreeze does not take."""
+    fields = draw(llama_like("phi3", st.just({}), sliding_window=SOMETIMES_SHORT))
+    fields.pop("head_dim", None)  # transformers takes it from the width
+    n_head = fields["num_attention_heads"]
+    fields |= {"hidden_size": n_head * 8, "pad_token_id": None}
+    share = draw(st.sampled_from([1.0, 0.5]))
+    factors = st.lists(st.sampled_from([1.0, 1.25, 3.0]), min_size=int(4 * share), max_size=int(4 * share))
+    longrope = {"short_factor": draw(factors), "long_factor": draw(factors)}
+    if draw(st.booleans()):
+        fields |= {
+            "rope_scaling": {draw(st.sampled_from(["type", "rope_type"])): "longrope", **longrope},
+            "original_max_position_embeddings": BLOCK_SIZE,
+            "max_position_embeddings": draw(st.sampled_from([BLOCK_SIZE, 4 * BLOCK_SIZE])),
+        }
+    return fields | {"rope_theta": 10000.0, "partial_rotary_factor": share}
+
+
+@st.composite
+def experts(draw, model_type: str) -> Fields:
+    fields = draw(llama_like(model_type, rope(("default", "llama3"))))
+    count = draw(st.sampled_from([2, 5]))
+    fields["num_experts_per_tok"] = draw(st.integers(1, count))
+    # transformers' kernel wants rows of whole 16 bytes
+    fields["hidden_size"] = fields["num_attention_heads"] * 8
+    fields["intermediate_size"] = draw(st.sampled_from([8, 24]))
+    if model_type == "mixtral":
+        return fields | {"num_local_experts": count, "sliding_window": draw(SOMETIMES_SHORT)}
+    n_layer = fields["num_hidden_layers"]
+    windowed = {"use_sliding_window": True, "sliding_window": draw(st.integers(1, 12))}
+    return fields | {
+        "num_experts": count,
+        "moe_intermediate_size": draw(st.sampled_from([8, 16])),
+        "norm_topk_prob": draw(st.booleans()),
+        "decoder_sparse_step": draw(st.sampled_from([1, 2])),
+        "mlp_only_layers": sorted(draw(st.sets(st.integers(0, n_layer - 1), max_size=1))),
+        "attention_bias": draw(st.booleans()),
+        **draw(st.sampled_from([{}, windowed, {"max_window_layers": 1, "use_sliding_window": False}])),
+    }
+
 
 FAMILIES: dict[str, st.SearchStrategy[Fields]] = {
     "llama": llama_like("llama", rope(("default", "linear", "yarn")), **BIASES),
@@ -154,6 +236,12 @@ FAMILIES: dict[str, st.SearchStrategy[Fields]] = {
     "mistral": llama_like("mistral", rope(), sliding_window=SOMETIMES_SHORT),
     "qwen2": qwen("qwen2"),
     "qwen3": qwen("qwen3", attention_bias=st.booleans()),
+    "olmo2": llama_like("olmo2", rope(("default", "linear", "yarn")), attention_bias=st.booleans()),
+    "phi3": phi3(),
+    "gemma2": gemma("gemma2"),
+    "gemma3_text": gemma("gemma3_text"),
+    "mixtral": experts("mixtral"),
+    "qwen3_moe": experts("qwen3_moe"),
     "gpt_neox, parallel": gpt_neox(parallel=True),
     "gpt_neox, sequential": gpt_neox(parallel=False),
     "gpt2": gpt2(),

@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from litfreeze.attention import Dense, KVCache
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
-from litfreeze.config import Config, RoPE
+from litfreeze.config import Config
+from litfreeze.fields import RoPE
 from litfreeze.generate.sample import generate_tokens
 from litfreeze.model import GPT, rotary_angles, rotary_frequencies
 

@@ -25,8 +25,9 @@ from litfreeze.checkpoint.convert.peft import PEFTTensors
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.manifest import MANIFEST, read_manifest
 from litfreeze.checkpoint.tensors import Layout, TensorDirectory, same_bits, sha256
-from litfreeze.config import Config, read_json
+from litfreeze.config import Config
 from litfreeze.errors import UsageError
+from litfreeze.json_file import read_json
 from litfreeze.lora import LoRA, add_lora, is_lora, linear_layers, model_parameters
 from litfreeze.model import GPT
 from litfreeze.tokenizer import Tokenizer

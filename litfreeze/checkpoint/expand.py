@@ -1,7 +1,7 @@
 """A deeper checkpoint that computes the same: block expansion (LLaMA-Pro, Wu et al., arXiv 2401.02415).
 
-A new block is a copy of the block below it whose two projections into the residual stream are zero, so that it adds
-nothing until it trains."""
+A new block is a copy of the block below it that adds nothing until it trains: its projections into the residual stream
+are zero or, where norms follow them, these scale by zero."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +16,11 @@ from litfreeze.checkpoint.write import write_checkpoint
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
 from litfreeze.freeze.plan import FreezePlan, block_of
+from litfreeze.lora import is_lora
 from litfreeze.model import meta_parameters
 
 WRITES = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")  # into the residual stream
+POST_NORMS = ("post_norm_1.weight", "post_norm_2.weight")  # where they stand between
 
 
 class ExpandedTensors(Mapping[str, Tensor]):
@@ -28,10 +30,12 @@ class ExpandedTensors(Mapping[str, Tensor]):
         self.shallow, self.sources = shallow, sources
         self.new = frozenset(config.new_blocks)
         self.shapes = {name: tuple(p.shape) for name, p in meta_parameters(config).items()}
+        self.silent = POST_NORMS if config.post_norm else WRITES
+        self.zero = -1.0 if config.post_norm and config.norm == "rmsnorm_plus_one" else 0.0
 
     def __getitem__(self, name: str) -> Tensor:
-        if block_of(name) in self.new and name.endswith(WRITES):
-            return torch.zeros(self.shapes[name], dtype=self.dtype(name))
+        if block_of(name) in self.new and name.endswith(self.silent):
+            return torch.full(self.shapes[name], self.zero, dtype=self.dtype(name))
         return self.shallow.read(self.source(name))
 
     def dtype(self, name: str) -> torch.dtype:
@@ -57,21 +61,31 @@ def expand(checkpoint: Checkpoint, after: Sequence[int]) -> Checkpoint:
         if i in after:
             new.append(len(sources))
             sources.append(i)
-    hf_config = _deeper(checkpoint.hf_config, sources, new)
+    shallow = checkpoint.config
+    hf_config = _deeper(checkpoint.hf_config, shallow, sources, new)
     config = Config.from_hf(hf_config, "the expanded config.json")
-    assert config.windows == tuple(checkpoint.config.windows[i] for i in sources)
+    windows = tuple(shallow.windows[i] for i in sources)
+    if config.windows != windows:  # every so many blocks have one, counted from 0
+        hf_config["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in windows]
+        config = Config.from_hf(hf_config, "the expanded config.json")
+    assert config.windows == windows
+    assert config.dense_blocks == tuple(j for j, i in enumerate(sources) if i in shallow.dense_blocks)
     tensors = ExpandedTensors(checkpoint, config, sources)
     dtypes = {name: tensors.dtype(name) for name in tensors}
     made = {"tensors": tensors, "dtypes": dtypes, "base": None, "aliases": {}}
     return replace(checkpoint, hf_config=hf_config, config=config, **made, manifest=checkpoint.without_hashes())
 
 
-def _deeper(hf: Mapping[str, Any], sources: Sequence[int], new: list[int]) -> dict[str, Any]:
-    """The config.json of the expanded model: every field that goes by the depth follows."""
+def _deeper(hf: Mapping[str, Any], config: Config, sources: Sequence[int], new: list[int]) -> dict[str, Any]:
+    """The config.json of the expanded model: every field that goes by the depth follows. `config` is of the shallower
+    one."""
     depth = "n_layer" if "n_layer" in hf else "num_hidden_layers"
     deeper = {**hf, depth: len(sources), "new_blocks": new}
     if hf.get("layer_types"):
         deeper["layer_types"] = [hf["layer_types"][i] for i in sources]
+    if config.dense_blocks:  # some of them, perhaps, by such a count
+        dense = [j for j, i in enumerate(sources) if i in config.dense_blocks]
+        deeper |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
     if hf.get("use_sliding_window"):  # in the blocks from max_window_layers up
         first = hf.get("max_window_layers", 28)
         deeper["max_window_layers"] = first + sum(sources[j] < first for j in new)
@@ -79,29 +93,49 @@ def _deeper(hf: Mapping[str, Any], sources: Sequence[int], new: list[int]) -> di
 
 
 def check_new_blocks(checkpoint: Checkpoint, plan: FreezePlan) -> None:
-    """Raises UsageError if something trains in a new block that can never learn: nothing passes through its projections
-    into the residual stream, which are zero, and neither of them trains so that it would not stay so."""
-    for i in checkpoint.config.new_blocks:
-        trains = {name.removeprefix(f"blocks.{i}.") for name in plan.trained_in_block(i)}
-        writes = {name.rpartition(".")[0] for name in trains if "o_proj." in name or "down_proj." in name}
+    """Raises UsageError if something trains in a new block that can never learn: nothing comes out of it, and what
+    keeps it in does not train."""
+    config = checkpoint.config
+    for i in config.new_blocks:
+        trains = set(plan.trained_in_block(i))
         if not trains:
             continue
-        zero = [name for name in ("attn.o_proj", "mlp.down_proj") if not _any(checkpoint, f"blocks.{i}.{name}.weight")]
+        every = [name for name in plan.sizes if block_of(name) == i and not is_lora(name)]
+        ways = _ways_out(every, config)
+        shut = [way for way in ways if not any(_lets_through(checkpoint, name) for name in way)]
         dora = plan.lora.ranks if plan.lora is not None and plan.lora.dora else ()
-        if stretched := [name for name in zero if f"blocks.{i}.{name}" in dora]:
+        if stretched := [name for way in shut for name in way if name.removesuffix(".weight") in dora]:
             raise UsageError(
-                f"--use_dora: blocks.{i}.{stretched[0]} is zero, as new blocks begin, and DoRA stretches what is "
-                "there. Leave --use_dora out, or train the new blocks in full first."
+                f"--use_dora: {stretched[0].removesuffix('.weight')} is zero, as new blocks begin, and DoRA stretches "
+                "what is there. Leave --use_dora out, or train the new blocks in full first."
             )
-        if len(zero) == 2 and not writes:
+        opens = {name for way in shut for name in way if name in trains or _adapted(name, plan)}
+        if len(shut) == len(ways) and not opens:
+            what = " and ".join(way[0].removesuffix(".weight").rpartition(".")[2] for way in shut)
             raise UsageError(
-                f"The new block {i} would never learn: its o_proj and down_proj begin at zero and do not train. Train "
-                "one of them too, or leave the block out of --trainable_layers."
+                f"The new block {i} would never learn: its {what} begin at zero and do not train. Train one of them "
+                "too, or leave the block out of --trainable_layers."
             )
 
 
-def _any(checkpoint: Checkpoint, name: str) -> bool:
-    return bool(checkpoint.read(name).any())
+def _ways_out(names: Sequence[str], config: Config) -> list[list[str]]:
+    """The weights through which each half of a block adds to the stream: a norm, a projection, or one of each
+    expert."""
+    if config.post_norm:
+        return [[name] for name in names if name.endswith(POST_NORMS)]
+    ends = ("o_proj.weight", "down_proj.weight")
+    return [[name for name in names if name.endswith(end)] for end in ends]
+
+
+def _lets_through(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the weight `name` is another than what expansion makes it."""
+    weight = checkpoint.read(name)
+    plus_one = checkpoint.config.norm == "rmsnorm_plus_one" and name.endswith(POST_NORMS)
+    return bool((weight != -1).any() if plus_one else weight.any())
+
+
+def _adapted(name: str, plan: FreezePlan) -> bool:
+    return plan.lora is not None and name.removesuffix(".weight") in plan.lora.ranks
 
 
 def write_expanded(out_dir: Path, expanded: Checkpoint) -> None:

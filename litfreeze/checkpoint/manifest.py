@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from litfreeze.config import read_json
 from litfreeze.errors import UsageError
+from litfreeze.json_file import read_json
 
 MANIFEST = "litfreeze.json"
 FORMAT = 1

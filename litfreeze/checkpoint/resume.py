@@ -23,8 +23,8 @@ from litfreeze.checkpoint.tensors import (
     write_tensors,
     write_text,
 )
-from litfreeze.config import read_json
 from litfreeze.errors import UsageError
+from litfreeze.json_file import read_json
 from litfreeze.outputs import FINAL, RESUME, kept_steps, step_name
 from litfreeze.shards import Run, part, put, shape, spread, whole
 

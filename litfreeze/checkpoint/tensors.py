@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from litfreeze.config import read_json
 from litfreeze.errors import UsageError
+from litfreeze.json_file import read_json
 
 Result = TypeVar("Result")
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape

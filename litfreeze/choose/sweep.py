@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from litfreeze.checkpoint.tensors import write_text
-from litfreeze.config import read_json
 from litfreeze.errors import RunError, UsageError
+from litfreeze.json_file import read_json
 from litfreeze.outputs import RESULTS
 from litfreeze.picture import save_picture
 from litfreeze.sizes import megabytes

@@ -92,6 +92,9 @@ def _per_token(plan: FreezePlan, precision: Precision, i: int) -> int:
     """Bytes that autograd keeps of each token in block `i`."""
     config = plan.config
     width, wide = config.n_embd, config.intermediate_size
+    each = config.n_expert_per_token if config.has_experts(i) else 1  # MLPs that a row goes through
+    if config.has_experts(i):
+        wide = config.moe_intermediate_size
     trained = plan.trained_in_block(i)
 
     lora = plan.lora
@@ -108,10 +111,11 @@ def _per_token(plan: FreezePlan, precision: Precision, i: int) -> int:
     attention = norm_1 or any(".attn." in name for name in trained)
     norm_2 = attention or any(".norm_2." in name for name in trained)
     stream = 2 * width * (norm_1 + norm_2)  # what enters and leaves the two norms, in the residual stream's dtype
+    stream *= config.pre_norm + config.post_norm
     inside = 2 * (config.n_head + config.n_query_groups) * config.head_size * attention  # q, k, v and what it gives
-    inside += 3 * wide if config.mlp == "gated" else wide  # what the activation and the product need
-    inside += width * (trains("q_proj", "k_proj", "v_proj") + trains("gate_proj", "up_proj"))
-    inside += wide * trains("down_proj")
+    inside += each * wide * (3 if config.mlp == "gated" else 1)  # what the activation and the product need
+    inside += width * (trains("q_proj", "k_proj", "v_proj") + each * trains("gate_proj", "up_proj"))
+    inside += each * wide * trains("down_proj")
     for module in adapted:
         into, out = (plan.sizes[name] // lora.ranks[module] for name in lora.parameters(module)[:2])
         inside += lora.ranks[module] + 2 * into * (lora.dropout > 0) + out * lora.dora

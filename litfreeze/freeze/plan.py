@@ -18,7 +18,7 @@ from litfreeze.lora import B, LoRA, is_lora, linear_layers, model_parameters
 
 Part = Union[int, str]  # a block's id, or one of
 EXTRAS = ("embed", "head", "final_norm")
-NORMS = ("norm_1", "norm_2", "q_norm", "k_norm")
+NORMS = ("norm_1", "post_norm_1", "norm_2", "post_norm_2", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -257,16 +257,22 @@ def _matches(word: str, name: str) -> bool:
             raise UsageError(f"{word!r} is no regular expression: {error}.") from None
     if any(sign in word for sign in "*?["):
         return fnmatchcase(name, word) or fnmatchcase(name.rpartition(".")[0], word)
-    components = _inner(name).split(".")
-    return word in components or (word == "norm" and any(c in NORMS for c in components))
+    components, parts = _inner(name).split("."), word.split(".")
+    if parts[0].isdigit():
+        return False  # an expert, and no word of its own: experts.3
+    named = any(components[at : at + len(parts)] == parts for at in range(len(components)))
+    return named or (word == "norm" and any(c in NORMS for c in components))
 
 
 def _known(names: list[str]) -> str:
     """The words that name a module here."""
-    components = dict.fromkeys(c for name in names for c in _inner(name).split(".") if c not in ("weight", "bias"))
+    every = [_inner(name).split(".") for name in names]
+    components = dict.fromkeys(c for inner in every for c in inner if c not in ("weight", "bias") and not c.isdigit())
+    experts = {int(inner[2]) for inner in every if inner[1:2] == ["experts"]}
+    several = [f"experts.0 to experts.{max(experts)}"] if experts else []
     norm = ["norm"] if any(component in NORMS for component in components) else []
     bias = ["bias"] if norm and any(name.endswith(".bias") for name in names) else []
-    return ", ".join([*norm, *components, *bias])
+    return ", ".join([*norm, *components, *several, *bias])
 
 
 def _outside(config: Config, sizes: Mapping[str, int], words: list[str]) -> frozenset[str]:

@@ -60,6 +60,8 @@ def work(plan: FreezePlan, rows: Rows) -> Work:
         i = block_of(name)
         last = i is None or (i == config.n_layer - 1 and not name.endswith(("k_proj", "v_proj")))
         through = 2 * (rows.targets if last else rows.tokens)
+        if ".experts." in name:  # the router spreads the rows, evenly in the mean
+            through = through * config.n_expert_per_token // config.n_expert
         product = through * out * into
         r = plan.lora.ranks.get(name, 0) if plan.lora is not None else 0
         adapter = through * r * (out + into)

@@ -11,8 +11,14 @@ from litfreeze.freeze.thaw import Lisa, Thawing, Unfreezing
 from litfreeze.lora import linear_layers
 
 LISA_INTERVAL = 20  # steps
-# LLaMA-Factory takes the names of transformers' modules
+# LLaMA-Factory takes the names of transformers' modules, in which a norm's depends on whether others follow
 MODULE_ALIASES = {"self_attn": "attn", "input_layernorm": "norm_1", "post_attention_layernorm": "norm_2"}
+POST_NORM_ALIASES = {
+    **MODULE_ALIASES,
+    "post_attention_layernorm": "post_norm_1",
+    "pre_feedforward_layernorm": "norm_2",
+    "post_feedforward_layernorm": "post_norm_2",
+}
 EXTRA_ALIASES = {"embed_tokens": "embed", "lm_head": "head", "score": "head", "norm": "final_norm"}
 
 
@@ -59,9 +65,14 @@ def plan_from_words(
     if layers is None and modules is None:
         raise UsageError("--trainable_extra needs --trainable_layers: none to train the extras alone, or all.")
     if modules is not None:
-        modules = [MODULE_ALIASES.get(word, word) for word in modules]
+        modules = [_ours(config, word) for word in modules]
         modules = None if modules == ["all"] else modules
     return FreezePlan.choose(config, "all" if layers is None else layers, modules, _extras(config, extra))
+
+
+def _ours(config: Config, word: str) -> str:
+    """Our name of a module."""
+    return (POST_NORM_ALIASES if config.post_norm else MODULE_ALIASES).get(word, word)
 
 
 def _extras(config: Config, words: Optional[list[str]]) -> list[str]:
@@ -92,7 +103,7 @@ def adapter_targets(config: Config, layers: Spec, targets: Names) -> list[str]:
     words = _split(targets)
     linear = linear_layers(config)
     inside = [f"{module}.weight" for module in linear if block_of(module) in chosen]
-    named = [MODULE_ALIASES.get(word, word) for word in words if EXTRA_ALIASES.get(word, word) not in ("head", "all")]
+    named = [_ours(config, word) for word in words if EXTRA_ALIASES.get(word, word) not in ("head", "all")]
     found = set(inside) if "all" in words else set()
     if named:
         everywhere = [f"{module}.weight" for module in linear if block_of(module) is not None]

@@ -18,8 +18,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from litfreeze.config import read_json
 from litfreeze.errors import UsageError
+from litfreeze.json_file import read_json
 
 LOCK, ABOUT, SHARDS = "lock", "about.json", "[!.]*.safetensors"  # pathlib's * would take hidden files too
 ASIDE = (".*.safetensors", f".{ABOUT}.*")

@@ -297,7 +297,7 @@ def prefix_key(
         "weights": dict(sorted(hashes.items())),
         "precision": precision.name,
         "positions": "from 0 in each record",
-        "kernel": f"{kernel_name(device, precision.compute, config.head_size)}, torch {torch.__version__}",
+        "kernel": f"{kernel_name(device, precision.compute, config)}, torch {torch.__version__}",
         "dtype": str(dtype),
         **({"adapters": dict(sorted(scales.items()))} if scales else {}),
     }

@@ -25,9 +25,10 @@ def setup(
     import torch
 
     from litfreeze.checkpoint.write import stored_as, write_checkpoint
-    from litfreeze.config import PRESETS, Config, read_json
+    from litfreeze.config import PRESETS, Config
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError, did_you_mean
+    from litfreeze.json_file import read_json
     from litfreeze.model import GPT
     from litfreeze.tokenizer import Tokenizer
 

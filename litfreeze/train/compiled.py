@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from litfreeze.config import Config
 from litfreeze.errors import UsageError
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.model import GPT, Block
@@ -34,8 +35,10 @@ def _in_steps(compiled: Any, plain: Any, *given: Any) -> Any:
     return (compiled if torch.is_grad_enabled() else plain)(*given)
 
 
-def check_compile(frozen: FrozenArgs, device: torch.device) -> None:
+def check_compile(frozen: FrozenArgs, config: Config, device: torch.device) -> None:
     """Raises UsageError for what does not go with it, or if torch cannot compile for `device` here."""
+    if config.n_expert:
+        raise UsageError("--compile does not go with experts, of which each token runs others. Leave it out.")
     if frozen.freeze_quantize:
         raise UsageError(
             f"--compile does not go with --freeze_quantize {frozen.freeze_quantize}, whose weights are made by "

@@ -71,17 +71,17 @@ class NextToken(nn.Module):
     def _head(self, rows: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         """Summed loss of the M answers, and the greedy choices (M,)."""
         head = self.gpt.head
-        if type(head) is Linear:
+        if type(head) is Linear and self.gpt.config.final_softcap is None:
             return HeadLoss.apply(rows, head.weight, answers, torch.is_grad_enabled())
-        # With an adapter: autograd knows how, and the logits of a chunk are made again in backward
+        # With an adapter, or logits that are bent: autograd knows how, and makes a chunk's logits again in backward
         parts, choices = [], []
         size = logit_rows(head.weight.shape[0])
         for some, those in zip(rows.split(size), answers.split(size), strict=True):
-            part, chosen = checkpoint(self._adapted, some, those, use_reentrant=False)
+            part, chosen = checkpoint(self._by_autograd, some, those, use_reentrant=False)
             parts.append(part)
             choices.append(chosen)
         return torch.stack(parts).sum(), torch.cat(choices)
 
-    def _adapted(self, rows: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.gpt.head(rows).float()
+    def _by_autograd(self, rows: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.gpt.bend(self.gpt.head(rows)).float()
         return F.cross_entropy(logits, answers, reduction="sum", ignore_index=IGNORE), logits.argmax(-1)

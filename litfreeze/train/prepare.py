@@ -51,7 +51,7 @@ def prepare(fabric: Fabric, job: Job) -> Prepared:
         check_fused_backward(job.train, job.precision.name, fabric.world_size)
     check_reuse(job.frozen, job.plan, fabric.device)
     if job.compile:
-        check_compile(job.frozen, fabric.device)
+        check_compile(job.frozen, job.checkpoint.config, fabric.device)
     check_new_blocks(job.checkpoint, job.plan)
     if isinstance(fabric.strategy, Sharded):
         check_sharding(job, fabric.strategy.form)

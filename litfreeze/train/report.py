@@ -14,10 +14,10 @@ import torch
 
 from litfreeze.checkpoint.tensors import write_text
 from litfreeze.checkpoint.trained import Proof
-from litfreeze.config import DROPOUT
 from litfreeze.confusion import table
 from litfreeze.data.samples import IGNORE, Samples
 from litfreeze.demo import MODEL_DIR
+from litfreeze.fields import DROPOUT
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import Thrift, describe_memory, estimate_memory
 from litfreeze.freeze.plan import FreezePlan, Part

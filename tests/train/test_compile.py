@@ -10,7 +10,7 @@ from families import write_json
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from litfreeze.config import PRESETS
+from litfreeze.config import PRESETS, Config
 from litfreeze.data.args import DataArgs
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
@@ -132,7 +132,7 @@ def test_blocks_that_are_alike_share_their_code_whenever_they_thaw(tmp_path, mon
 
 def test_what_it_does_not_go_with_is_told():
     with pytest.raises(UsageError, match="does not go with --freeze_quantize int8"):
-        check_compile(FrozenArgs(freeze_quantize="int8"), torch.device("cpu"))
+        check_compile(FrozenArgs(freeze_quantize="int8"), Config.from_hf(PRESETS["demo"]), torch.device("cpu"))
 
 
 def test_a_machine_without_a_compiler_is_told_before_anything_is_written(tmp_path, monkeypatch, checkpoint_dir):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,14 @@ class Transposed:
 
 
 class Stacked:
-    """q, k and v one after the other: (3 C, …), or GPT-2's weight, (C, 3 C)."""
+    """Parts one after the other, each of so many rows: q, k and v, or an MLP's gate and what it lets through. GPT-2's
+    weight, (C, 3 C), has columns."""
 
-    def __init__(self, transposed: bool) -> None:
-        self.transposed = transposed
+    def __init__(self, rows: Sequence[int], transposed: bool) -> None:
+        self.sizes, self.transposed = list(rows), transposed
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
-        return (tensor.T if self.transposed else tensor).chunk(3)
+        return (tensor.T if self.transposed else tensor).split(self.sizes)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         stacked = torch.cat(list(parts))
@@ -124,11 +126,46 @@ GPT2 = {
     "transformer.ln_f": "final_norm",
     "lm_head": "head",
 }
+# A norm behind attention and MLP, with one before them (Gemma) or without (OLMo 2)
+POST_NORM = {
+    **LLAMA,
+    "model.layers.{i}.post_attention_layernorm": "blocks.{i}.post_norm_1",
+    "model.layers.{i}.pre_feedforward_layernorm": "blocks.{i}.norm_2",
+    "model.layers.{i}.post_feedforward_layernorm": "blocks.{i}.post_norm_2",
+}
+PHI3 = {
+    **LLAMA,
+    "model.layers.{i}.self_attn.qkv_proj": QKV,
+    "model.layers.{i}.mlp.gate_up_proj": ("blocks.{i}.mlp.gate_proj", "blocks.{i}.mlp.up_proj"),
+}
+for _apart in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+    del PHI3[f"model.layers.{{i}}.{_apart}"]
+# {e} is the expert
+MIXTRAL = {
+    **LLAMA,
+    "model.layers.{i}.block_sparse_moe.gate": "blocks.{i}.mlp.router",
+    "model.layers.{i}.block_sparse_moe.experts.{e}.w1": "blocks.{i}.mlp.experts.{e}.gate_proj",
+    "model.layers.{i}.block_sparse_moe.experts.{e}.w3": "blocks.{i}.mlp.experts.{e}.up_proj",
+    "model.layers.{i}.block_sparse_moe.experts.{e}.w2": "blocks.{i}.mlp.experts.{e}.down_proj",
+}
+QWEN3_MOE = {
+    **LLAMA,
+    "model.layers.{i}.mlp.gate": "blocks.{i}.mlp.router",
+    "model.layers.{i}.mlp.experts.{e}.gate_proj": "blocks.{i}.mlp.experts.{e}.gate_proj",
+    "model.layers.{i}.mlp.experts.{e}.up_proj": "blocks.{i}.mlp.experts.{e}.up_proj",
+    "model.layers.{i}.mlp.experts.{e}.down_proj": "blocks.{i}.mlp.experts.{e}.down_proj",
+}
 NAME_MAPS: dict[str, Mapping[str, Any]] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "qwen3_moe": QWEN3_MOE,
+    "mixtral": MIXTRAL,
+    "olmo2": POST_NORM,
+    "phi3": PHI3,
+    "gemma2": POST_NORM,
+    "gemma3_text": POST_NORM,
     "gpt_neox": GPT_NEOX,
     "gpt2": GPT2,
 }
@@ -138,6 +175,12 @@ CLASSIFIERS = {
     "mistral": "MistralForSequenceClassification",
     "qwen2": "Qwen2ForSequenceClassification",
     "qwen3": "Qwen3ForSequenceClassification",
+    "qwen3_moe": "Qwen3MoeForSequenceClassification",
+    "mixtral": "MixtralForSequenceClassification",
+    "olmo2": "Olmo2ForSequenceClassification",
+    "phi3": "Phi3ForSequenceClassification",
+    "gemma2": "Gemma2ForSequenceClassification",
+    "gemma3_text": "Gemma3TextForSequenceClassification",
     "gpt_neox": "GPTNeoXForSequenceClassification",
     "gpt2": "GPT2ForSequenceClassification",
 }
@@ -157,19 +200,28 @@ def links(config: Config, model_type: str, ours: Mapping[str, Any]) -> list[Link
         hf = "score" if names == "head" and config.labels else hf  # the head of every family's classifier
         names = (names,) if isinstance(names, str) else names
         layers = range(config.n_layer) if "{i}" in hf else (0,)
-        for i in layers:
-            for kind in ("weight", "bias"):
-                own = tuple(f"{name}.{kind}".replace("{i}", str(i)) for name in names)
-                if own[0] in ours:
-                    layout, rows = (_layout(model_type, config, hf, k, len(own)) for k in (kind, "bias"))
-                    found.append(Link(f"{hf}.{kind}".replace("{i}", str(i)), own, layout, rows))
+        experts = range(config.n_expert) if "{e}" in hf else (0,)
+        for i, e, kind in product(layers, experts, ("weight", "bias")):
+            own = tuple(_numbered(f"{name}.{kind}", i, e) for name in names)
+            if own[0] in ours:
+                layout, rows = (_layout(model_type, config, hf, k, len(own)) for k in (kind, "bias"))
+                found.append(Link(_numbered(f"{hf}.{kind}", i, e), own, layout, rows))
     order = {name: n for n, name in enumerate(ours)}
     return sorted(found, key=lambda link: order[link.ours[0]])
 
 
+def _numbered(name: str, i: int, e: int) -> str:
+    return name.replace("{i}", str(i)).replace("{e}", str(e))
+
+
 def _layout(model_type: str, config: Config, hf: str, kind: str, parts: int) -> Any:
+    if parts == 3 and model_type == "gpt_neox":
+        return PerHead(config.n_head)
     if parts == 3:
-        return PerHead(config.n_head) if model_type == "gpt_neox" else Stacked(transposed=kind == "weight")
+        rows = (config.n_head, config.n_query_groups, config.n_query_groups)
+        return Stacked([n * config.head_size for n in rows], transposed=model_type == "gpt2" and kind == "weight")
+    if parts == 2:
+        return Stacked([config.intermediate_size] * 2, transposed=False)
     conv1d = model_type == "gpt2" and kind == "weight" and hf.rsplit(".", 1)[-1].startswith("c_")
     return Transposed() if conv1d else Plain()
 

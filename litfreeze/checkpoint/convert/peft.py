@@ -54,10 +54,13 @@ def _module(link: Link) -> tuple[str, str]:
 
 
 class Shared:
-    """The A over a fused projection: q, k and v each get one of their own to train."""
+    """The A over a fused projection: each of its parts gets one of its own to train."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor.clone()] * 3
+        return [tensor.clone()] * self.parts
 
 
 def _is_saved(module: str, saved: Collection[str]) -> bool:
@@ -111,7 +114,7 @@ class PEFTTensors(Mapping):
             for part, own in enumerate(_parts(link)):
                 ranks[own], alphas[own] = r, float(matching(known["alpha_pattern"], module, known["lora_alpha"]))
                 for kind, name in names.items():
-                    layout = Shared() if kind == A and len(link.ours) > 1 else link.rows
+                    layout = Shared(len(link.ours)) if kind == A and len(link.ours) > 1 else link.rows
                     self.found[f"{own}.{kind}"] = name, layout, part
         if not ranks:
             raise UsageError(f"{path} holds no adapter: none of its {len(self.stored)} tensors is a lora_A.")
@@ -202,7 +205,13 @@ def as_peft(
 
     `replaced` names the full weights beside the adapter, `ours` is the layout of every parameter that `read` gives.
     A module with a new weight is saved whole (modules_to_save). Where it carries an adapter or is tied, or where only
-    its bias is new, PEFT loads what is new into its own place."""
+    its bias is new, PEFT loads what is new into its own place. Raises UsageError for an MLP in a model with
+    experts: transformers has those of a block in one tensor, and PEFT takes the names of an MLP for theirs."""
+    if inside := [name for name in (*lora.ranks, *replaced) if config.n_expert and ".mlp." in name]:
+        raise UsageError(
+            f"PEFT has no place for what trained in {inside[0].removesuffix('.weight')}: transformers keeps a block's "
+            "experts in one tensor. Fold it in with litfreeze merge_lora, and convert that to_hf."
+        )
     modules: dict[str, dict[str, Link]] = {}  # Hugging Face's module -> weight, bias
     for link in links(config, model_type, dict.fromkeys([*ours, HEAD])):  # a tied head can carry an adapter too
         module, kind = _module(link)
