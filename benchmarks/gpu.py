@@ -99,11 +99,11 @@ def prepare(folder: Path, size: Size, tiny: bool, accelerator: str) -> dict[str,
     from floor import Choice, batch_rows, step_flops
 
     from litfreeze.checkpoint.directory import open_checkpoint
-    from litfreeze.config import PRESETS
     from litfreeze.data.args import DataArgs
     from litfreeze.data.prompt import Prompt
     from litfreeze.data.samples import load_samples
     from litfreeze.freeze.savings import matmul_rate
+    from litfreeze.presets import PRESETS
     from litfreeze.scripts.convert import to_hf
     from litfreeze.scripts.init import setup as init
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from litfreeze import attention
 from litfreeze.attention import Look, Packed, Span, Stretches, at_once, kernel_name
-from litfreeze.config import PRESETS, Config
+from litfreeze.config import Config
+from litfreeze.presets import PRESETS
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 WINDOWS = st.sampled_from([None, 1, 2, 5, 100])

@@ -10,11 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from litfreeze.config import PRESETS, Config
+from litfreeze.config import Config
 from litfreeze.errors import UsageError
 from litfreeze.fields import HARMLESS, RoPE
 from litfreeze.json_file import read_json
 from litfreeze.model import meta_parameters
+from litfreeze.presets import PRESETS
 
 any_family = st.sampled_from(list(FAMILIES.values())).flatmap(lambda fields: fields)
 

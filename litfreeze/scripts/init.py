@@ -17,7 +17,7 @@ def setup(
     Args:
         tokenizer_dir: Where tokenizer.json or tokenizer.model lies; without it, the embedded demo's tokenizer.
         out_dir: The checkpoint directory to write.
-        preset: A shape by name: demo (the default), smollm2-135m or llama-3.2-1b.
+        preset: A shape by name, such as qwen3-0.6b; a wrong one tells them all. By default demo.
         config_file: A shape from a Hugging Face config.json instead.
         dtype: What the weights are stored in, rounded once.
         seed: Fixes the weights.
@@ -25,11 +25,12 @@ def setup(
     import torch
 
     from litfreeze.checkpoint.write import stored_as, write_checkpoint
-    from litfreeze.config import PRESETS, Config
+    from litfreeze.config import Config
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError, did_you_mean
     from litfreeze.json_file import read_json
     from litfreeze.model import GPT
+    from litfreeze.presets import PRESETS
     from litfreeze.tokenizer import Tokenizer
 
     if preset is not None and config_file is not None:

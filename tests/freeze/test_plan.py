@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litfreeze.attention import Dense
-from litfreeze.config import PRESETS, Config
+from litfreeze.config import Config
 from litfreeze.data.batches import build_batch
 from litfreeze.data.samples import Sample
 from litfreeze.errors import RunError, UsageError
@@ -18,6 +18,7 @@ from litfreeze.freeze.words import adapter_targets, plan_from_words, weights_in_
 from litfreeze.lora import LoRA, add_lora
 from litfreeze.model import GPT
 from litfreeze.precision import PRECISIONS
+from litfreeze.presets import PRESETS
 from litfreeze.train.args import TrainArgs
 from litfreeze.train.loss import NextToken
 from litfreeze.train.optim import build_optimizer

@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litfreeze.config import PRESETS, Config
+from litfreeze.config import Config
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import ThawArgs
 from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.freeze.thaw import Lisa, Unfreezing, stages
+from litfreeze.presets import PRESETS
 from litfreeze.train.args import TrainArgs
 
 N = 12

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litfreeze.config import PRESETS, Config
+from litfreeze.config import Config
 from litfreeze.errors import UsageError
 from litfreeze.generate.sample import Sampling, generate_tokens
 from litfreeze.generate.text import until
 from litfreeze.model import GPT
+from litfreeze.presets import PRESETS
 
 CONFIG = Config.from_hf({**PRESETS["demo"], "num_hidden_layers": 2, "vocab_size": 61, "max_position_embeddings": 24})
 

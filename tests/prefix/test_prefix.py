@@ -9,7 +9,7 @@ import torch
 
 from litfreeze.attention import Dense
 from litfreeze.checkpoint.tensors import sha256
-from litfreeze.config import PRESETS, Config
+from litfreeze.config import Config
 from litfreeze.data.batches import build_batch
 from litfreeze.data.samples import Sample
 from litfreeze.model import GPT
@@ -17,6 +17,7 @@ from litfreeze.precision import PRECISIONS
 from litfreeze.prefix import prefix as prefix_module
 from litfreeze.prefix.prefix import Prefix, prefix_key, prefix_names
 from litfreeze.prefix.store import ActivationStore
+from litfreeze.presets import PRESETS
 
 CONFIG = Config.from_hf({**PRESETS["demo"], "num_hidden_layers": 4, "vocab_size": 97, "tie_word_embeddings": False})
 STOP = 2

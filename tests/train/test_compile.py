@@ -10,12 +10,13 @@ from families import write_json
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from litfreeze.config import PRESETS, Config
+from litfreeze.config import Config
 from litfreeze.data.args import DataArgs
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import FrozenArgs, ThawArgs
+from litfreeze.presets import PRESETS
 from litfreeze.scripts.init import setup as init
 from litfreeze.train import compiled as compiled_module
 from litfreeze.train import prepare as prepare_module

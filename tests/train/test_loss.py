@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from litfreeze.config import PRESETS, Config
+from litfreeze.config import Config
 from litfreeze.data.batches import build_batch
 from litfreeze.data.samples import IGNORE, Sample
 from litfreeze.generate.sample import generate_tokens
 from litfreeze.lora import LoRA, add_lora
 from litfreeze.model import GPT
+from litfreeze.presets import PRESETS
 from litfreeze.train import head as head_module
 from litfreeze.train import loss as loss_module
 from litfreeze.train.loss import NextToken

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litfreeze.config import PRESETS, Config
+from litfreeze.config import Config
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
@@ -17,6 +17,7 @@ from litfreeze.freeze.words import adapter_targets, plan_from_words
 from litfreeze.lora import LoRA, add_lora, is_lora
 from litfreeze.model import GPT
 from litfreeze.precision import PRECISIONS
+from litfreeze.presets import PRESETS
 from litfreeze.train.args import EvalArgs, TrainArgs, seconds
 from litfreeze.train.optim import Several, build_optimizer, lr_at, set_lr, warmup_steps
 
