@@ -28,7 +28,28 @@ STEPS, BATCH, WORDS = 6, 4, 180
 def records(path: Path) -> Path:
     """Records of one length, so that every micro-batch is the longest."""
     draw = random.Random(0)
-    words = "the of and to in is that it was for on are with as his they at be this from".split()
+    words = [
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "is",
+        "that",
+        "it",
+        "was",
+        "for",
+        "on",
+        "are",
+        "with",
+        "as",
+        "his",
+        "they",
+        "at",
+        "be",
+        "this",
+        "from",
+    ]
     with path.open("w", encoding="utf-8") as lines:
         for _ in range(STEPS * BATCH):
             text = " ".join(draw.choice(words) for _ in range(WORDS))
@@ -71,7 +92,7 @@ def main() -> None:
             words = [*PLANS[name].split(), "--checkpoint_dir", str(args.model), "--data", str(data)]
             words += f"--precision {args.precision} --accelerator cpu --train.max_steps {STEPS} --cache off".split()
             words += f"--train.global_batch_size {BATCH} --train.micro_batch_size {BATCH} --train.lr 1e-5".split()
-            words += "--eval.max_new_tokens 1 --data.prompt_style plain --train.watch_interval 0".split()
+            words += ["--eval.max_new_tokens", "1", "--data.prompt_style", "plain", "--train.watch_interval", "0"]
             run = [sys.executable, __file__, "--measure", *words]
             done = subprocess.run(run, capture_output=True, text=True, check=False)
             if done.returncode:

@@ -1,4 +1,4 @@
-"""Shapes to start from by name, each as its config.json has it: `litfreeze init --preset`, and what config_hub is of."""
+"""Shapes to start from by name, each as its config.json has it: for `litfreeze init --preset` and config_hub."""
 
 from pathlib import Path
 from typing import Any
