@@ -85,6 +85,7 @@ class Family:
     always: Mapping[str, Any]  # what llama.cpp takes for granted: fields of Config
     scalings: tuple[str, ...] = ("plain", "linear", "yarn")
     interleaved: bool = False
+    wide_heads: bool = True  # whether heads may have another size than the width divided by their number
     told: Mapping[str, str] = field(default_factory=dict)  # an activation that llama.cpp computes differently
 
 
@@ -94,7 +95,7 @@ FAMILIES = {
         "llama", LLAMA, "LlamaForCausalLM", {}, SILU, ("plain", "linear", "llama3", "yarn"), interleaved=True
     ),
     "mistral": Family("llama", LLAMA, "MistralForCausalLM", {}, SILU, interleaved=True),
-    "qwen2": Family("qwen2", LLAMA, "Qwen2ForCausalLM", {}, SILU),
+    "qwen2": Family("qwen2", LLAMA, "Qwen2ForCausalLM", {}, SILU, wide_heads=False),
     "qwen3": Family("qwen3", LLAMA, "Qwen3ForCausalLM", {}, {**SILU, "qkv_bias": False, "o_bias": False}),
     "gpt_neox": Family(
         "gptneox",
@@ -234,9 +235,9 @@ def _hf_rope(
         fields = {"rope_theta": theta}
     else:
         raise UsageError(f"{file.path}: {n_elem} of a head's {width} dimensions rotate; litfreeze takes only all here.")
-    kind = left.pop("rope.scaling.type", "none")
     values = {ours: take(f"rope.scaling.{key}") for key, ours in SCALING.items()}
     values = {key: value for key, value in values.items() if value is not None}
+    kind = left.pop("rope.scaling.type", "linear" if "factor" in values else "none")
     if ROPE_FREQS in file.places and kind == "none" and "llama3" in family.scalings:
         kind = "llama3"
         # The lowest frequency is divided by the whole factor; the others are compared with the file's
@@ -326,8 +327,12 @@ def as_gguf(
     for name, value in family.always.items():
         if getattr(config, name) != value:
             raise UsageError(f"llama.cpp's {family.arch} has {name}={value}, and this model {getattr(config, name)}.")
-    if rope is not None and (rope.kind not in family.scalings or not rope.truncate):
+    if not family.wide_heads and config.head_size * config.n_head != config.n_embd:
+        raise UsageError(f"llama.cpp's {family.arch} has heads of n_embd / n_head, and this model {config.head_size}.")
+    if rope is not None and rope.kind not in family.scalings:
         raise UsageError(f"llama.cpp's {family.arch} does not stretch positions as this model does ({rope.kind}).")
+    if rope is not None and (rope.beta_fast, rope.beta_slow, rope.truncate) != (32.0, 1.0, True):
+        raise UsageError("llama.cpp's yarn has beta_fast=32, beta_slow=1, truncate=true, and this model others.")
 
     told = [family.told[config.activation]] if config.activation in family.told else []
     window = min((window for window in config.windows if window is not None), default=config.block_size)
@@ -382,7 +387,5 @@ def _rope_metadata(rope: RoPE) -> dict[str, Any]:
         found |= {
             "scaling.original_context_length": rope.original_block_size,
             "scaling.attn_factor": rope.attention_factor / _temperature(rope.factor),
-            "scaling.yarn_beta_fast": rope.beta_fast,
-            "scaling.yarn_beta_slow": rope.beta_slow,
         }
     return found

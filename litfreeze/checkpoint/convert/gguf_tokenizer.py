@@ -358,9 +358,9 @@ def _sentencepiece_parts(
     scores = _list(metadata, "scores", (int, float), source)
     if len(scores) != len(tokens) or "unk_token" not in names or not set(BYTES) <= set(vocab):
         raise UsageError(f"{source}: its tokenizer is damaged: it lacks scores, an unknown token or tokens of bytes.")
-    normal = {t: i for t, i in vocab.items() if kinds[i] == NORMAL}
-    made = sorted(normal, key=lambda token: -scores[normal[token]])
-    merges = [pair for token in made for pair in _pairs(token, normal)]
+    joined = {t: i for t, i in vocab.items() if kinds[i] in (NORMAL, USER_DEFINED)}
+    best_first = sorted(joined, key=lambda token: -scores[joined[token]])
+    merges = [pair for token in best_first for pair in _pairs(token, joined)]
     spaced = bool(metadata.get(_key("add_space_prefix"), True))
     prepend = [{"type": "Prepend", "prepend": SPACE}] * spaced
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * spaced
