@@ -49,7 +49,10 @@ class LlamaCpp:
 
     def log_probabilities(self, prompt, vocab_size):
         """Those of every token after `prompt`: (vocab_size,)."""
-        answer = self.ask("/completion", prompt=prompt, n_predict=1, n_probs=vocab_size, ignore_eos=True)
+        plain = self.encode("a")[0]  # what is sampled matters not, but behind an end or half a letter nothing is told
+        answer = self.ask(
+            "/completion", prompt=prompt, n_predict=1, n_probs=vocab_size, temperature=0, logit_bias=[[plain, 1000]]
+        )
         found = torch.full((vocab_size,), float("nan"))
         for token in answer["completion_probabilities"][0]["top_logprobs"]:
             found[token["id"]] = token["logprob"]
@@ -126,3 +129,188 @@ def test_llama_cpp_computes_the_same(name, tmp_path):
         torch.testing.assert_close(found, ours, atol=within, rtol=0)
     if within == 1e-3:
         assert theirs.greedy(prompt, 12)[:12] == our_greedy(model, prompt, 12, checkpoint.tokenizer().eos_ids)
+
+
+def test_quantised_files_run(tmp_path):
+    """The real model, which is the embedded one, in every format; its answers differ by no more than its bits do."""
+    model = load_model(open_checkpoint(MODEL_DIR), lambda _: torch.float32)
+    prompt = open_checkpoint(MODEL_DIR).tokenizer().encode("<|user|>play some jazz on spotify<|end|><|assistant|>")
+    ours = our_log_probabilities(model, prompt)
+    for dtype, within in {"f32": 1e-3, "f16": 2e-2, "bf16": 5e-2, "q8_0": 0.3, "q4_0": 3.0}.items():
+        theirs = LlamaCpp(to_gguf(MODEL_DIR, tmp_path / f"{dtype}.gguf", dtype))
+        found = theirs.log_probabilities(prompt, len(ours))
+        torch.testing.assert_close(found, ours, atol=within, rtol=0)
+        assert found.argmax() == ours.argmax()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+def test_the_real_model_answers_as_ours(dtype, smollm2, tmp_path):
+    checkpoint = open_checkpoint(smollm2)
+    model = load_model(checkpoint, lambda _: torch.float32)
+    tokenizer = checkpoint.tokenizer()
+    text = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}], True)
+    prompt = tokenizer.encode(text)
+    theirs = LlamaCpp(to_gguf(smollm2, tmp_path / "model.gguf", dtype))
+    assert theirs.encode(text) == prompt
+    ours, found = our_log_probabilities(model, prompt), theirs.log_probabilities(prompt, 49152)
+    torch.testing.assert_close(found, ours, atol=1e-3 if dtype == "f32" else 1.5, rtol=0)
+    assert theirs.greedy(prompt, 12) == our_greedy(model, prompt, 12, tokenizer.eos_ids)
+
+
+# --- the same tokens --------------------------------------------------------------------------------------------------
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog; it's WE'VE I'LL don't, 12 345 678 times. naïve café, x = y_1 + 2.5!",
+    "你好，世界。日本語のテスト 한국어 Привет, мир! שלום عربي हिन्दी ไทย 😀👩‍👩‍👧🏽 🇺🇸",
+    "def f(a):\n    return a[0]\n\n\n\tif x:\r\n        pass  # a  b   c    d",
+] * 3
+NASTY = (
+    "Hello,  world!   \n\n\n\tx=1234567; I'LL don't it's WE'VE 'S \r\n 3.14159 ½²③ ٣٤ Ⅷ héllo ﬁ ß İ ǆ q̃ x̧̣ 日本語テスト한국어"
+    " Привет мир שָׁלוֹם عَرَبِي हिन्दी ไทย่ 😀👩‍👩‍👧🏽 🇺🇸 a\u00a0b\u2003c\u3000d\u2028e\u0085 \u200b\ufeff\u180e\x1c <|im_start|>user\nhi<|im_end|>"
+    "<s>  </s>[INST]<unk>  trailing   "
+)
+PIECES = [*NASTY, *SPECIAL, "  ", "\n\n", "'s", "'LL", "e\u0301", "A\u030a", "▁", "€", "_", "$"]
+
+
+def texts(n, without=()):
+    """NASTY, and `n` random mixtures of what stands in it."""
+    chance = random.Random(0)
+    pieces = [piece for piece in PIECES if piece not in without]
+    yield NASTY if not without else "".join(letter for letter in NASTY if letter not in without)
+    for _ in range(n):
+        yield "".join(chance.choice(pieces) for _ in range(chance.randint(0, 40)))
+
+
+def as_split(*steps):
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def regex(pattern):
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+# How a text is split -> the name that llama.cpp has for it
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+BYTE_LEVEL = {
+    "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False), False),
+    "smollm": (pre_tokenizers.Sequence([DIGITS, pre_tokenizers.ByteLevel(add_prefix_space=False)]), False),
+    "llama-bpe": (as_split(regex(LLAMA3)), True),
+    "dbrx": (as_split(regex(LLAMA3)), False),
+    "qwen2": (as_split(regex(QWEN2)), False),
+}
+
+
+def write_byte_level(folder, name):
+    pre_tokenizer, ignore_merges = BYTE_LEVEL[name]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet, min_frequency=1, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens(["[INST]"])
+    if name == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    if name == "llama-bpe":
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_sentencepiece(folder):
+    corpus = folder / "corpus"
+    corpus.write_text("\n".join(CORPUS), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=480,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path):
+    """with_tokenizer(write): a tiny model's directory with the tokenizer that `write(folder)` puts there."""
+
+    def make(write, vocab_size=1539):
+        folder = tmp_path / "model"
+        small = {"vocab_size": vocab_size, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1}
+        with saved_model(LLAMA | small) as (saved, _):
+            shutil.copytree(saved, folder)
+        write(folder)
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": "{{ messages }}"}
+        if not (folder / "tokenizer_config.json").is_file():
+            write_json(folder / "tokenizer_config.json", names)
+        return folder
+
+    return make
+
+
+def differing(ours, theirs, some):
+    """Texts that are tokenized differently, among `some`."""
+    return [text for text in some if ours.encode(text) != theirs.encode(text)]
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_bytes_bpe_gives_the_same_tokens(name, with_tokenizer, tmp_path, capsys):
+    source = with_tokenizer(lambda folder: write_byte_level(folder, name))
+    ours = open_checkpoint(source).tokenizer()
+    file = to_gguf(source, tmp_path / "model.gguf")
+    theirs, back = LlamaCpp(file), open_checkpoint(from_gguf(file, tmp_path / "back")).tokenizer()
+    some = list(texts(300))
+    assert differing(back, theirs, some) == []
+    assert ("NFC" in capsys.readouterr().out) == (name == "qwen2")
+    if name == "qwen2":  # llama.cpp does not compose characters: on what is composed already they agree
+        some = [ours._backend._tokenizer.normalizer.normalize_str(text) for text in some]
+    assert differing(ours, theirs, some) == []
+    assert theirs.encode("a b", special_tokens=True) == ours.encode("a b", special_tokens=True)
+    assert back.encode("a b", special_tokens=True) == ours.encode("a b", special_tokens=True)
+    assert (back.special_tokens, back.eos_ids, back.chat_template) == (
+        ours.special_tokens,
+        ours.eos_ids,
+        ours.chat_template,
+    )
+    assert [back.decode([i], False) for i in range(700)] == [ours.decode([i], False) for i in range(700)]
+
+
+def test_sentencepiece_gives_the_same_tokens(with_tokenizer, tmp_path, capsys):
+    source = with_tokenizer(write_sentencepiece)
+    ours = open_checkpoint(source).tokenizer()
+    file = to_gguf(source, tmp_path / "model.gguf")
+    assert "puts a space before a text" in capsys.readouterr().out
+    theirs = LlamaCpp(file)
+    assert differing(ours, theirs, [text for text in texts(300, without=(*SPECIAL, "<")) if text[:1] != " "]) == []
+    assert theirs.encode("a b", special_tokens=True) == ours.encode("a b", special_tokens=True)
+
+    # As a tokenizer.json it does just what llama.cpp does, and so it does in the next file
+    folder = from_gguf(file, tmp_path / "back")
+    back = open_checkpoint(folder).tokenizer()
+    assert differing(back, theirs, texts(300)) == []
+    assert back.decode(back.encode(CORPUS[1]), False) == CORPUS[1]
+    again = LlamaCpp(to_gguf(folder, tmp_path / "again.gguf"))
+    assert "puts a space" not in capsys.readouterr().out
+    assert differing(back, again, texts(100)) == []
+
+
+@pytest.mark.parametrize("name", ["demo", "smollm2"])
+def test_real_tokenizers_give_the_same_tokens(name, request, with_tokenizer, tmp_path):
+    from_dir = MODEL_DIR if name == "demo" else request.getfixturevalue("smollm2")
+
+    def write(folder):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(from_dir / file, folder / file)
+
+    source = with_tokenizer(write, vocab_size=49160)
+    ours = open_checkpoint(source).tokenizer()
+    file = to_gguf(source, tmp_path / "model.gguf")
+    theirs, back = LlamaCpp(file), open_checkpoint(from_gguf(file, tmp_path / "back")).tokenizer()
+    some = list(texts(300))
+    assert differing(ours, theirs, some) == [] and differing(back, theirs, some) == []
+    assert back.chat_template == ours.chat_template
+    assert back.vocab_size == ours.vocab_size
