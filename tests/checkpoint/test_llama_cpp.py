@@ -3,15 +3,13 @@
 import json
 import random
 import shutil
-import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 from families import random_tokens, saved_model, write_json
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from litfreeze.checkpoint.convert.gguf_tokenizer import LLAMA3, QWEN2
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
@@ -143,17 +141,16 @@ def test_quantised_files_run(tmp_path):
         assert found.argmax() == ours.argmax()
 
 
-@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
-def test_the_real_model_answers_as_ours(dtype, smollm2, tmp_path):
+def test_the_real_model_answers_as_ours(smollm2, tmp_path):
     checkpoint = open_checkpoint(smollm2)
     model = load_model(checkpoint, lambda _: torch.float32)
     tokenizer = checkpoint.tokenizer()
     text = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}], True)
     prompt = tokenizer.encode(text)
-    theirs = LlamaCpp(to_gguf(smollm2, tmp_path / "model.gguf", dtype))
+    theirs = LlamaCpp(to_gguf(smollm2, tmp_path / "model.gguf", "f32"))
     assert theirs.encode(text) == prompt
     ours, found = our_log_probabilities(model, prompt), theirs.log_probabilities(prompt, 49152)
-    torch.testing.assert_close(found, ours, atol=1e-3 if dtype == "f32" else 1.5, rtol=0)
+    torch.testing.assert_close(found, ours, atol=1e-3, rtol=0)
     assert theirs.greedy(prompt, 12) == our_greedy(model, prompt, 12, tokenizer.eos_ids)
 
 
@@ -162,13 +159,14 @@ def test_the_real_model_answers_as_ours(dtype, smollm2, tmp_path):
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog; it's WE'VE I'LL don't, 12 345 678 times. naïve café, x = y_1 + 2.5!",
-    "你好，世界。日本語のテスト 한국어 Привет, мир! שלום عربي हिन्दी ไทย 😀👩‍👩‍👧🏽 🇺🇸",
+    "你好世界。日本語のテスト 한국어 Привет, мир! שלום عربي हिन्दी ไทย 😀👩‍👩‍👧🏽 🇺🇸",
     "def f(a):\n    return a[0]\n\n\n\tif x:\r\n        pass  # a  b   c    d",
 ] * 3
 NASTY = (
-    "Hello,  world!   \n\n\n\tx=1234567; I'LL don't it's WE'VE 'S \r\n 3.14159 ½²③ ٣٤ Ⅷ héllo ﬁ ß İ ǆ q̃ x̧̣ 日本語テスト한국어"
-    " Привет мир שָׁלוֹם عَرَبِي हिन्दी ไทย่ 😀👩‍👩‍👧🏽 🇺🇸 a\u00a0b\u2003c\u3000d\u2028e\u0085 \u200b\ufeff\u180e\x1c <|im_start|>user\nhi<|im_end|>"
-    "<s>  </s>[INST]<unk>  trailing   "
+    "Hello,  world!   \n\n\n\tx=1234567; I'LL don't it's WE'VE 'S \r\n 3.14159 ½²③ ٣٤ Ⅷ héllo ﬁ ß İ ǆ "
+    "q\u0303 x\u0327\u0323 日本語テスト한국어 Привет мир שָׁלוֹם عَرَبِي हिन्दी ไทย่ 😀👩\u200d👩\u200d👧🏽 🇺🇸 "
+    "a\u00a0b\u2003c\u3000d\u2028e\u0085 \u200b\ufeff\u180e\x1c "
+    "<|im_start|>user\nhi<|im_end|><s>  </s>[INST]<unk>  trailing   "
 )
 PIECES = [*NASTY, *SPECIAL, "  ", "\n\n", "'s", "'LL", "e\u0301", "A\u030a", "▁", "€", "_", "$"]
 

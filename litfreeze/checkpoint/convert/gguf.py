@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
-import gguf
 import torch
-from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from litfreeze.checkpoint.convert.gguf_file import FLOATS, GGUFFile
+from litfreeze.checkpoint.convert.gguf_file import (  # which tells that the package is missing
+    FLOATS,
+    GGUFFile,
+    Kind,
+    gguf,
+)
 from litfreeze.checkpoint.convert.hf import Plain, Stacked, links
 from litfreeze.checkpoint.tensors import Layout
 from litfreeze.config import Config, RoPE

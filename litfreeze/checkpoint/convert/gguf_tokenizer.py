@@ -88,22 +88,22 @@ def tokenizer_metadata(path: Path, tokenizer: Tokenizer, n_tokens: int) -> tuple
         raise UsageError(f"{file} has a token {max(tokens)}, but the model has {n_tokens} embeddings.")
 
     scores = found.pop("scores", None)
+    ids = {token: i for i, token in tokens.items()}
     if scores is not None:
-        ids = {token: i for i, token in tokens.items()}
         kinds |= {ids[token]: BYTE for token in BYTES}
         found[_key("scores")] = [float(scores.get(tokens.get(i), 0)) for i in range(n_tokens)]
     found |= {
         # What has no token is padding
         _key("tokens"): [tokens.get(i, f"[PAD{i}]") for i in range(n_tokens)],
         _key("token_type"): [kinds.get(i, UNUSED) for i in range(n_tokens)],
-        **_named(tokenizer, file),
+        **_named(tokenizer, ids, file),
     }
     if tokenizer.chat_template is not None:
         found["tokenizer.chat_template"] = tokenizer.chat_template
     return found, told
 
 
-def _named(tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
+def _named(tokenizer: Tokenizer, ids: Mapping[str, int], file: Path) -> dict[str, Any]:
     """The special tokens by name, and which of them are put around a text."""
     if tokenizer.eos_id is None:
         raise UsageError(f"{file}: no eos_token is named, and llama.cpp would end texts at a token of its own choice.")
@@ -112,16 +112,12 @@ def _named(tokenizer: Tokenizer, file: Path) -> dict[str, Any]:
     if whole != [tokenizer.bos_id] * bos + plain + [tokenizer.eos_id] * eos:
         raise UsageError(f"{file} puts {whole} around a text's {plain}; llama.cpp can only put one BOS and one EOS.")
     found = {_key("add_bos_token"): bos, _key("add_eos_token"): eos}
-    ids = {"eos": tokenizer.eos_id}
-    if tokenizer.bos_id is not None:
-        ids["bos"] = tokenizer.bos_id
-    for name in ("unknown", "padding"):
-        if NAMED[name] in tokenizer.special_tokens:
-            ids[name] = tokenizer.encode(tokenizer.special_tokens[NAMED[name]])[0]
-    others = [i for i in tokenizer.eos_ids if i != tokenizer.eos_id]
-    if others:
-        ids["eot"] = others[0]  # llama.cpp has one place for another, and knows the usual ones by their text
-    return found | {_key(f"{name}_token_id"): i for name, i in ids.items()}
+    named = {name: ids.get(tokenizer.special_tokens.get(NAMED[name])) for name in ("unknown", "padding")}
+    named |= {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    known = set(ids.values())
+    if others := [i for i in tokenizer.eos_ids if i != tokenizer.eos_id and i in known]:
+        named["eot"] = others[0]  # llama.cpp has one place for another, and knows the usual ones by their text
+    return found | {_key(f"{name}_token_id"): i for name, i in named.items() if i is not None}
 
 
 def _steps(part: Optional[Mapping[str, Any]], inside: str) -> list[Mapping[str, Any]]:
