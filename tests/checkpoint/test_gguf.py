@@ -452,6 +452,10 @@ WRONG = {
     },
     "which does not go with a head_dim": {"metadata": lambda meta: meta.update({"llama.attention.value_length": 8})},
     "of a head's 6 dimensions rotate": {"metadata": lambda meta: meta.update({"llama.rope.dimension_count": 4})},
+    "its attention is not causal": {"metadata": lambda meta: meta.update({"llama.attention.causal": False})},
+    "attn_factor goes with the type yarn": {
+        "metadata": lambda meta: meta.update({"llama.rope.scaling.attn_factor": 1.5})
+    },
     "'longrope' is not supported": {"metadata": lambda meta: meta.update({"llama.rope.scaling.type": "longrope"})},
     "one part of a split model": {"metadata": lambda meta: meta.update({"split.count": 2})},
     "its tokenizer is 'bert'": {"metadata": lambda meta: meta.update({"tokenizer.ggml.model": "bert"})},
@@ -473,6 +477,14 @@ def test_a_wrong_file_is_told(told, good, tmp_path, capsys):
     path = rewritten(good, tmp_path / "bad.gguf", **WRONG[told])
     assert told in refused(capsys, "convert", "from_gguf", path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_factor_without_a_type_is_linear(good, tmp_path):
+    """As llama.cpp takes it; and what it writes for nothing at all changes nothing."""
+    keys = {"llama.rope.scaling.factor": 2.0, "llama.expert_count": 0, "llama.attention.causal": True}
+    path = rewritten(good, tmp_path / "linear.gguf", lambda meta: meta.update(keys))
+    rope = open_checkpoint(from_gguf(path, tmp_path / "out")).config.rope
+    assert (rope.kind, rope.factor) == ("linear", 2.0)
 
 
 def test_what_is_no_gguf_file_is_told(tmp_path, capsys):

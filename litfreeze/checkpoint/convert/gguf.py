@@ -11,12 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from litfreeze.checkpoint.convert.gguf_file import (  # which tells that the package is missing
-    FLOATS,
-    GGUFFile,
-    Kind,
-    gguf,
-)
+from litfreeze.checkpoint.convert.gguf_file import FLOATS, GGUFFile, Kind, gguf
 from litfreeze.checkpoint.convert.hf import Plain, Stacked, links
 from litfreeze.checkpoint.tensors import Layout
 from litfreeze.config import Config, RoPE
@@ -209,11 +204,13 @@ def _hf_config(file: GGUFFile) -> dict[str, Any]:
             hf[name] = value
     if family.scalings:
         hf |= _hf_rope(file, left, take, family, hf)
+    if take("attention.causal", True) is not True:
+        raise UsageError(f"{file.path}: its attention is not causal; litfreeze takes language models only.")
     for key in HARMLESS:
         left.pop(key, None)
-    if rest := {key: value for key, value in left.items() if value not in (None, False, 0, "", 1.0)}:
-        key, value = next(iter(rest.items()))
-        raise UsageError(f"{file.path}: litfreeze does not honour {arch}.{key}={str(value)[:60]}.")
+    for key, value in left.items():
+        if value not in (False, 0, "") and not (isinstance(value, float) and value == 1):  # switched off
+            raise UsageError(f"{file.path}: litfreeze does not honour {arch}.{key}={str(value)[:60]}.")
     if "token_embd.weight" not in file.places:
         raise UsageError(f"{file.path}: tensor token_embd.weight is missing.")
     hf["vocab_size"] = file.places["token_embd.weight"].shape[0]
@@ -233,7 +230,9 @@ def _hf_rope(
     width = hf.get("head_dim") or hf["hidden_size"] // max(hf["num_attention_heads"], 1)
     n_elem, theta = take("rope.dimension_count", width), take("rope.freq_base", 10000.0)
     if family.arch == "gptneox":
-        fields = {"rotary_emb_base": theta, "rotary_pct": n_elem / max(width, 1)}
+        share = n_elem / max(width, 1)
+        share = share if int(width * share) == n_elem else math.nextafter(share, 1)
+        fields = {"rotary_emb_base": theta, "rotary_pct": share}
     elif n_elem == width:
         fields = {"rope_theta": theta}
     else:
@@ -251,6 +250,8 @@ def _hf_rope(
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": values.get("original_max_position_embeddings", LLAMA3_SIZE),
         }
+    elif kind != "yarn" and values.get("attention_factor", 1) != 1:
+        raise UsageError(f"{file.path}: rope.scaling.attn_factor goes with the type yarn, and this one is {kind!r}.")
     if kind == "none":
         return fields
     if kind not in family.scalings:

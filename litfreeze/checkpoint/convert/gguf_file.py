@@ -17,7 +17,7 @@ from torch import Tensor
 from litfreeze.checkpoint.tensors import PIECE, map_bytes, pieces, whole_file
 from litfreeze.errors import UsageError
 
-try:
+try:  # whoever uses GGUF comes by here first
     import gguf
     from gguf import GGMLQuantizationType as Kind
 except ImportError:
