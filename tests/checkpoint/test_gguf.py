@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 
 import gguf
@@ -435,7 +436,7 @@ def good(tmp_path_factory):
 
 def rewritten(good, path, metadata=lambda _: None, layout=lambda _: None):
     """`good` again at `path`, its metadata and layout changed by these."""
-    meta, places = dict(good.metadata), {name: (place.kind, place.shape) for name, place in good.places.items()}
+    meta, places = deepcopy(good.metadata), {name: (place.kind, place.shape) for name, place in good.places.items()}
     metadata(meta)
     layout(places)
     arch, odd = meta.pop("general.architecture"), torch.ones(2, 2)
@@ -460,8 +461,8 @@ WRONG = {
     "one part of a split model": {"metadata": lambda meta: meta.update({"split.count": 2})},
     "its tokenizer is 'bert'": {"metadata": lambda meta: meta.update({"tokenizer.ggml.model": "bert"})},
     "split the way 'tekken'": {"metadata": lambda meta: meta.update({"tokenizer.ggml.pre": "tekken"})},
-    "split the way None": {"metadata": lambda meta: meta.pop("tokenizer.ggml.pre")},
     "no token for eos 99999": {"metadata": lambda meta: meta.update({"tokenizer.ggml.eos_token_id": 99999})},
+    "1535 tokens, and 1536 embeddings": {"metadata": lambda meta: meta["tokenizer.ggml.tokens"].pop()},
     "tokenizer.ggml.merges is missing": {"metadata": lambda meta: meta.pop("tokenizer.ggml.merges")},
     "tensor blk.0.ffn_up.weight is missing": {"layout": lambda places: places.pop("blk.0.ffn_up.weight")},
     "tensor odd.weight has no place in a llama model": {

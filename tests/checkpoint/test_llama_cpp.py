@@ -11,7 +11,7 @@ import torch
 from families import random_tokens, saved_model, write_json
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from litfreeze.checkpoint.convert.gguf_tokenizer import LLAMA3, QWEN2
+from litfreeze.checkpoint.convert.gguf_tokenizer import LLAMA3, QWEN2, SPLITS
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.demo import MODEL_DIR
 from litfreeze.scripts.convert import from_gguf, to_gguf
@@ -196,6 +196,7 @@ BYTE_LEVEL = {
     "llama-bpe": (as_split(regex(LLAMA3)), True),
     "dbrx": (as_split(regex(LLAMA3)), False),
     "qwen2": (as_split(regex(QWEN2)), False),
+    "default": (as_split(*map(regex, SPLITS["default"][0])), False),
 }
 
 

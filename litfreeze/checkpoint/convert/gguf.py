@@ -181,7 +181,7 @@ class GGUFTensors:
 def _hf_config(file: GGUFFile) -> dict[str, Any]:
     """config.json, from the metadata."""
     arch = file.metadata.get("general.architecture")
-    if arch not in ARCHS:
+    if not isinstance(arch, str) or arch not in ARCHS:
         raise UsageError(f"{file.path}: architecture {arch!r} is not supported. Supported: {', '.join(ARCHS)}.")
     model_type = ARCHS[arch]
     family = FAMILIES[model_type]
@@ -214,6 +214,9 @@ def _hf_config(file: GGUFFile) -> dict[str, Any]:
     if "token_embd.weight" not in file.places:
         raise UsageError(f"{file.path}: tensor token_embd.weight is missing.")
     hf["vocab_size"] = file.places["token_embd.weight"].shape[0]
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != hf["vocab_size"]:
+        raise UsageError(f"{file.path} is damaged: {len(tokens)} tokens, and {hf['vocab_size']} embeddings.")
     hf["tie_word_embeddings"] = "output.weight" not in file.places
     if model_type == "llama":
         hf["attention_bias"] = "blk.0.attn_q.bias" in file.places

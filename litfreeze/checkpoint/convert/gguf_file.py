@@ -54,7 +54,7 @@ class GGUFFile:
             self.metadata, self.places = _Header(data).read()
         except (ValueError, OverflowError, struct.error) as error:
             raise UsageError(f"{path} is truncated or no GGUF file ({error}). Download it again.") from None
-        if self.metadata.get("split.count", 0) > 1:
+        if self.metadata.get("split.count", 0) not in (0, 1):
             raise UsageError(f"{path} is one part of a split model. Join its parts first: llama-gguf-split --merge.")
         for kind in {place.kind: None for place in self.places.values()}:
             try:

@@ -37,6 +37,7 @@ SPLITS: dict[str, tuple[tuple[str, ...], bool]] = {
     "llama-bpe": ((LLAMA3,), True),
     "dbrx": ((LLAMA3,), False),
     "qwen2": ((QWEN2,), False),
+    "default": ((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), False),
 }
 # Other names for the same in llama.cpp
 SAME = {
@@ -48,7 +49,12 @@ SAME = {
 }
 OTHER_NAMES = {other: name for name, others in SAME.items() for other in others}
 
+SPACED = (
+    "llama.cpp puts a space before a text even if it begins with one, and after every special token; the tokenizer "
+    "does not. Such texts are tokenized differently."
+)
 NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}  # an added token's fields
 
 
 def _key(name: str) -> str:
@@ -202,12 +208,6 @@ def _sentencepiece_json(content: Mapping[str, Any], file: Path) -> tuple[dict[st
     return {_key("model"): "llama", _key("add_space_prefix"): spaced, "scores": scores}, told
 
 
-SPACED = (
-    "llama.cpp puts a space before a text even if it begins with one, and after every special token; the tokenizer "
-    "does not. Such texts are tokenized differently."
-)
-
-
 def _pairs(token: str, vocab: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The pairs of tokens that `token` can be made of."""
     for cut in range(1, len(token)):
@@ -260,11 +260,13 @@ def write_tokenizer(directory: Path, metadata: Mapping[str, Any], source: Path) 
         raise UsageError(f"{source}: its tokenizer is damaged: it has no token for {bad[0]}.")
     names = {NAMED[name]: tokens[i] for name, i in ids.items() if name in NAMED}
 
-    parts = _sentencepiece_parts if spm else _byte_level_parts
     vocab = {t: i for i, t in enumerate(tokens) if kinds[i] != UNUSED or t != f"[PAD{i}]"}
-    pre = metadata.get(_key("pre"))
+    pre = str(metadata.get(_key("pre"), "default"))
     pre = OTHER_NAMES.get(pre, pre)
-    content = parts(metadata, tokens, kinds, vocab, names, pre, source)
+    if spm:
+        content = _sentencepiece_parts(metadata, kinds, vocab, names, source)
+    else:
+        content = _byte_level_parts(metadata, vocab, pre, source)
     bos = bool(metadata.get(_key("add_bos_token"), spm or pre == "llama-bpe")) and "bos" in ids
     eos = bool(metadata.get(_key("add_eos_token"), False)) and "eos" in ids
     around = [names.get("bos_token")] * bos + [None] + [names.get("eos_token")] * eos
@@ -273,7 +275,7 @@ def write_tokenizer(directory: Path, metadata: Mapping[str, Any], source: Path) 
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": t, **_PLAIN, "special": kinds[i] != USER_DEFINED}
+            {"id": i, "content": t, **PLAIN, "special": kinds[i] != USER_DEFINED}
             for i, t in enumerate(tokens)
             if kinds[i] in (CONTROL, UNKNOWN, USER_DEFINED)
         ],
@@ -289,17 +291,10 @@ def write_tokenizer(directory: Path, metadata: Mapping[str, Any], source: Path) 
         "chat_template": metadata.get("tokenizer.chat_template"),
     }
     ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot") if name in ids))
-    generation = {f"{name}_token_id": ids[name] for name in ("bos",) if name in ids}
-    generation["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
-    for name, what in (
-        ("tokenizer.json", written),
-        ("tokenizer_config.json", {key: value for key, value in settings.items() if value is not None}),
-        ("generation_config.json", {key: value for key, value in generation.items() if value is not None}),
-    ):
-        write_text(directory / name, json.dumps(what, indent=1, ensure_ascii=False) + "\n")
-
-
-_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    generation = {"bos_token_id": ids.get("bos"), "eos_token_id": ends if len(ends) > 1 else ids.get("eos")}
+    files = {"tokenizer.json": written, "tokenizer_config.json": settings, "generation_config.json": generation}
+    for name, content in files.items():
+        write_text(directory / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _list(metadata: Mapping[str, Any], name: str, of: Any, source: Path, default: Optional[list] = None) -> list:
@@ -309,15 +304,7 @@ def _list(metadata: Mapping[str, Any], name: str, of: Any, source: Path, default
     return value
 
 
-def _byte_level_parts(
-    metadata: Mapping[str, Any],
-    tokens: Sequence[str],
-    kinds: Sequence[int],
-    vocab: Mapping[str, int],
-    names: Mapping[str, str],
-    pre: Any,
-    source: Path,
-) -> dict[str, Any]:
+def _byte_level_parts(metadata: Mapping[str, Any], vocab: Mapping[str, int], pre: str, source: Path) -> dict[str, Any]:
     """What tokenizer.json has of its own for BPE over bytes."""
     if pre not in SPLITS:
         raise UsageError(
@@ -342,17 +329,15 @@ def _byte_level_parts(
 
 def _sentencepiece_parts(
     metadata: Mapping[str, Any],
-    tokens: Sequence[str],
     kinds: Sequence[int],
     vocab: Mapping[str, int],
     names: Mapping[str, str],
-    pre: Any,
     source: Path,
 ) -> dict[str, Any]:
     """What tokenizer.json has of its own for SentencePiece's BPE: a merge for each pair of tokens that makes a token,
     ordered by that one's score."""
     scores = _list(metadata, "scores", (int, float), source)
-    if len(scores) != len(tokens) or "unk_token" not in names or not set(BYTES) <= set(vocab):
+    if len(scores) != len(kinds) or "unk_token" not in names or not set(BYTES) <= set(vocab):
         raise UsageError(f"{source}: its tokenizer is damaged: it lacks scores, an unknown token or tokens of bytes.")
     joined = {t: i for t, i in vocab.items() if kinds[i] in (NORMAL, USER_DEFINED)}
     best_first = sorted(joined, key=lambda token: -scores[joined[token]])
