@@ -62,8 +62,7 @@ class TensorFile:
         own, so that letting go of it frees what of it was touched."""
         if self.path.suffix == ".safetensors":
             (dtype, shape), (start, size) = self.layout[name], self.places[name]
-            # Not numpy's mapping, which holds a file descriptor as long as it lives
-            mapped = torch.from_file(str(self.path), shared=False, size=start + size, dtype=torch.uint8)[start:]
+            mapped = map_bytes(self.path, start, size)
             aligned = mapped if start % dtype.itemsize == 0 else mapped.clone()
             return aligned.view(dtype).view(shape)
         # Unpickling takes a while, so it serves several tensors; what they read stays in memory until the next time.
@@ -116,6 +115,12 @@ class TensorFile:
         if not flat:
             raise UsageError(f"{self.path} does not hold a flat dict of tensors.")
         return content
+
+
+def map_bytes(path: Path, start: int, size: int) -> Tensor:
+    """`size` bytes of a file from `start` on, mapped: (size,) uint8. Changing them in memory leaves the file alone."""
+    # Not numpy's mapping, which holds a file descriptor as long as it lives
+    return torch.from_file(str(path), shared=False, size=start + size, dtype=torch.uint8)[start:]
 
 
 def is_mapped(tensor: Tensor) -> bool:
@@ -280,12 +285,18 @@ def hash_file(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes aside, fsyncs and renames, so that `path` is whole or as it was."""
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file that is whole or as it was: yields a hidden one beside `path`, fsynced and renamed to it on success and
+    removed on failure."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
+        yield aside
+        fsync(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

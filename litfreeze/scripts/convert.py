@@ -1,7 +1,7 @@
 """`litfreeze convert`: foreign checkpoint formats, in and out."""
 
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 
 def from_hf(checkpoint_dir: Path, out_dir: Path) -> Path:
@@ -105,3 +105,78 @@ def to_peft(
         model = f"AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={classes})"
     print(f"PeftModel.from_pretrained({model}, {str(out_dir)!r}) loads it.")
     return Path(out_dir)
+
+
+def from_gguf(
+    gguf_file: Path, out_dir: Path, dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None
+) -> Path:
+    """Convert a GGUF file, llama.cpp's, to a litfreeze checkpoint: weights, tokenizer and chat template.
+
+    Args:
+        gguf_file: The file.
+        out_dir: The litfreeze directory to write.
+        dtype: What all weights are stored in. Without it F32, F16 and BF16 stay what they are, and quantised weights
+            become bfloat16, whose rounding is far below that of four bits. float32 keeps them exactly.
+    """
+    import tempfile
+
+    import torch
+
+    from litfreeze.checkpoint.convert.gguf import GGUFTensors
+    from litfreeze.checkpoint.convert.gguf_file import GGUFFile
+    from litfreeze.checkpoint.convert.gguf_tokenizer import write_tokenizer
+    from litfreeze.checkpoint.write import stored_as, write_checkpoint
+    from litfreeze.tokenizer import Tokenizer
+
+    file = GGUFFile(Path(gguf_file))
+    tensors = GGUFTensors(file, dtype and getattr(torch, dtype))
+    hf_config = stored_as(tensors.hf_config, tensors.dtype("embed.weight"))
+    base = {"kind": "base", "source": str(Path(gguf_file).resolve())}
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder), file.metadata, file.path)
+        Tokenizer.from_dir(folder)  # what is wrong with it is told before anything is written
+        write_checkpoint(Path(out_dir), hf_config, tensors.layout, tensors.read, base, Path(folder))
+    kinds = sorted({place.kind.name for place in file.places.values()})
+    print(f"{out_dir}: {len(tensors.layout)} tensors from {gguf_file} ({', '.join(kinds)}).")
+    print(f"Next: litfreeze finetune full --checkpoint_dir {out_dir} --trainable_layers -2:")
+    return Path(out_dir)
+
+
+def to_gguf(
+    checkpoint_dir: Optional[Path] = None,
+    out_file: Path = Path("out/model.gguf"),
+    dtype: Optional[Literal["f32", "f16", "bf16", "q8_0", "q4_0"]] = None,
+    base_dir: Optional[Path] = None,
+) -> Path:
+    """Convert a litfreeze checkpoint to a GGUF file that llama.cpp, Ollama and others run, tokenizer included.
+
+    Args:
+        checkpoint_dir: A litfreeze or Hugging Face checkpoint; without it, the embedded demo model.
+        out_file: The file to write.
+        dtype: What matrices are stored in; without it, as they are. Vectors are always f32. With q4_0 the head is q8_0.
+        base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
+    """
+    from litfreeze.checkpoint.convert.gguf import as_gguf
+    from litfreeze.checkpoint.convert.gguf_file import write_gguf
+    from litfreeze.checkpoint.convert.gguf_tokenizer import tokenizer_metadata
+    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.demo import MODEL_DIR
+    from litfreeze.errors import UsageError
+
+    source = open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir)
+    if source.lora is not None:
+        raise UsageError(
+            f"{source.path} is an adapter beside its base. Fold it in first: litfreeze merge_lora "
+            f"--checkpoint_dir {source.path}."
+        )
+    out_file = Path(out_file)
+    model = as_gguf(source.config, source.hf_config["model_type"], source.layout(), source.read, dtype)
+    tokenizer, told = tokenizer_metadata(source.tokenizer_dir, source.tokenizer(), source.config.vocab_size)
+    metadata = {"general.name": out_file.stem, **model.metadata, **tokenizer}
+    write_gguf(out_file, model.arch, metadata, model.layout, model.read)
+    kinds = sorted({kind.name for kind, _ in model.layout.values()})
+    print(f"{out_file}: {len(model.layout)} tensors ({', '.join(kinds)}), {out_file.stat().st_size / 1e6:,.1f} MB.")
+    for line in (*model.told, *told):
+        print(f"Note: {line}")
+    print(f"Next: llama-cli -m {out_file}")
+    return out_file

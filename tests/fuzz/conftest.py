@@ -87,6 +87,7 @@ SEEDS = {
     "sharded": sharded,
     "pickled": pickled,
     "interrupted": interrupted,
+    "gguf": lambda out, get: good("convert", "to_gguf", "--out_file", out / "model.gguf"),
 }
 
 

@@ -47,6 +47,12 @@ def break_bytes(data: bytes, rng: Random) -> bytes:
     return data.decode("utf-8", "replace").encode(rng.choice(("utf-16", "utf-32", "utf-7")))
 
 
+def break_start(data: bytes, rng: Random) -> bytes:
+    """`data` with its first tenth or so broken: what stands before a file's tensors."""
+    i = rng.choice((100, 2000, len(data) // 50, len(data) // 10))
+    return break_bytes(data[:i], rng) + data[i:]
+
+
 def break_value(value: Any, rng: Random) -> Any:
     """A JSON value with something in it missing, of another kind, in another place or there twice."""
     holders = list(_holders(value))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 from attempts import attempt, draw, linked
-from damage import break_bytes, break_file, break_json, break_tensors, no_file
+from damage import break_bytes, break_file, break_json, break_start, break_tensors, no_file
 
 CHUNK = 20
 
@@ -33,6 +33,8 @@ FROM_HF = "convert from_hf {0} out"
 TO_HF = "convert to_hf --checkpoint_dir {0} --out_dir out"
 FROM_PEFT = "convert from_peft {0} out"
 TO_PEFT = "convert to_peft {0} --out_dir out"
+FROM_GGUF = "convert from_gguf {0}/model.gguf out"
+TO_GGUF = "convert to_gguf --checkpoint_dir {0} --out_file out/model.gguf --dtype q4_0"
 MERGE = "merge_delta {0} --out_dir out"
 CLASSIFY = "classify {0} --text Hi"
 
@@ -53,6 +55,8 @@ KINDS = {
     "tokenizer_config.json": Kind("demo", "tokenizer_config.json", 160, (SAY, READ)),
     "adapter_config.json": Kind("peft", "adapter_config.json", 160, (SAY, OPEN, FROM_PEFT, GO_ON)),
     "adapter_model.safetensors": Kind("peft", "adapter_model.safetensors", 60, (SAY, OPEN), break_tensors),
+    "model.gguf": Kind("gguf", "model.gguf", 60, (FROM_GGUF,), break_start),
+    "tokenizer.json for gguf": Kind("demo", "tokenizer.json", 60, (TO_GGUF,)),
     "resume.json": Kind("interrupted", f"{STEP}/resume.json", 40, (VERIFY, AGAIN)),
     "state.safetensors": Kind("interrupted", f"{STEP}/state.safetensors", 40, (VERIFY, AGAIN), break_tensors),
 }

@@ -1,0 +1,315 @@
+"""What `to_gguf` writes, run by the real llama.cpp: the same tokens for a text, and the same model."""
+
+import json
+import random
+import shutil
+import urllib.request
+
+import pytest
+import sentencepiece
+import torch
+from families import random_tokens, saved_model, write_json
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from litfreeze.checkpoint.convert.gguf_tokenizer import LLAMA3, QWEN2, SPLITS
+from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.demo import MODEL_DIR
+from litfreeze.scripts.convert import from_gguf, to_gguf
+
+xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp (pip install xllamacpp) is not installed")
+
+
+class LlamaCpp:
+    """llama.cpp's own server over one file, in this process, in float32 throughout."""
+
+    def __init__(self, path):
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel, params.port = str(path), 256, 1, 0
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = params.n_threads_http = 1
+        params.warmup, params.fit_params, params.verbosity = False, False, -1
+        self.server = xllamacpp.Server(params)
+
+    def ask(self, path, **body):
+        request = urllib.request.Request(
+            self.server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def encode(self, text, special_tokens=False):
+        return self.ask("/tokenize", content=text, add_special=special_tokens, parse_special=True)["tokens"]
+
+    def greedy(self, prompt, n):
+        answer = self.ask("/completion", prompt=prompt, n_predict=n, temperature=0, return_tokens=True)
+        return answer["tokens"]
+
+    def log_probabilities(self, prompt, vocab_size):
+        """Those of every token after `prompt`: (vocab_size,)."""
+        plain = self.encode("a")[0]  # what is sampled matters not, but behind an end or half a letter nothing is told
+        answer = self.ask(
+            "/completion", prompt=prompt, n_predict=1, n_probs=vocab_size, temperature=0, logit_bias=[[plain, 1000]]
+        )
+        found = torch.full((vocab_size,), float("nan"))
+        for token in answer["completion_probabilities"][0]["top_logprobs"]:
+            found[token["id"]] = token["logprob"]
+        return found
+
+
+@torch.no_grad()
+def our_log_probabilities(model, prompt):
+    tokens = torch.tensor([prompt])
+    return torch.log_softmax(model(tokens)[0, -1].float(), -1)
+
+
+def our_greedy(model, prompt, n, ends):
+    found = []
+    while len(found) < n and not (found and found[-1] in ends):
+        found.append(int(our_log_probabilities(model, prompt + found).argmax()))
+    return found
+
+
+# --- the same model ---------------------------------------------------------------------------------------------------
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 1539,  # three more than the demo's tokenizer has
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+GPT2 = {"model_type": "gpt2", "vocab_size": 1539, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 128}
+NEOX = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+NEOX |= {"model_type": "gpt_neox", "tie_word_embeddings": False}
+MODELS = {
+    "llama": LLAMA,
+    "llama, own head, eps": LLAMA | {"tie_word_embeddings": False, "rms_norm_eps": 1e-2, "rope_theta": 500.0},
+    "llama, wide heads": LLAMA | {"head_dim": 16},
+    "llama, biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "llama 3": LLAMA | {"rope_theta": 500.0, "rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": 64}},
+    "llama, linear": LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 3.5}},
+    "llama, yarn": LLAMA | {"rope_theta": 100.0, "rope_scaling": YARN},
+    "llama, yarn, temperature": LLAMA | {"rope_theta": 100.0, "rope_scaling": {**YARN, "attention_factor": 0.8}},
+    "mistral": LLAMA | {"model_type": "mistral", "sliding_window": None},
+    "mistral, window": LLAMA | {"model_type": "mistral", "sliding_window": 48},
+    "qwen2": LLAMA | {"model_type": "qwen2"},
+    "qwen2, own head, yarn": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": False, "rope_scaling": YARN},
+    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 16},
+    "gpt2": GPT2,
+    "gpt2, own head": GPT2 | {"tie_word_embeddings": False, "n_inner": 40},
+    "gpt_neox": NEOX,
+    "gpt_neox, sequential": NEOX | {"use_parallel_residual": False, "rotary_pct": 0.5},
+}
+# llama.cpp looks GELU up in a table of float16, and GPT-NeoX's is approximated besides
+WITHIN = {"gpt2": 5e-3, "gpt_neox": 5e-3}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_the_same(name, tmp_path):
+    with saved_model(MODELS[name]) as (saved, _):
+        shutil.copytree(saved, tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODEL_DIR / file, tmp_path / "model" / file)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    model = load_model(checkpoint, lambda _: torch.float32)
+    theirs = LlamaCpp(to_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32"))
+    within = WITHIN.get(MODELS[name]["model_type"], 1e-3)
+    for seed, length in enumerate((1, 2, 36)):
+        prompt = random_tokens(1536, 1, length, seed)[0].tolist()
+        ours, found = our_log_probabilities(model, prompt), theirs.log_probabilities(prompt, 1539)
+        torch.testing.assert_close(found, ours, atol=within, rtol=0)
+    if within == 1e-3:
+        assert theirs.greedy(prompt, 12)[:12] == our_greedy(model, prompt, 12, checkpoint.tokenizer().eos_ids)
+
+
+def test_quantised_files_run(tmp_path):
+    """The real model, which is the embedded one, in every format; its answers differ by no more than its bits do."""
+    model = load_model(open_checkpoint(MODEL_DIR), lambda _: torch.float32)
+    prompt = open_checkpoint(MODEL_DIR).tokenizer().encode("<|user|>play some jazz on spotify<|end|><|assistant|>")
+    ours = our_log_probabilities(model, prompt)
+    for dtype, within in {"f32": 1e-3, "f16": 2e-2, "bf16": 5e-2, "q8_0": 0.3, "q4_0": 3.0}.items():
+        theirs = LlamaCpp(to_gguf(MODEL_DIR, tmp_path / f"{dtype}.gguf", dtype))
+        found = theirs.log_probabilities(prompt, len(ours))
+        torch.testing.assert_close(found, ours, atol=within, rtol=0)
+        assert found.argmax() == ours.argmax()
+
+
+def test_the_real_model_answers_as_ours(smollm2, tmp_path):
+    checkpoint = open_checkpoint(smollm2)
+    model = load_model(checkpoint, lambda _: torch.float32)
+    tokenizer = checkpoint.tokenizer()
+    text = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}], True)
+    prompt = tokenizer.encode(text)
+    theirs = LlamaCpp(to_gguf(smollm2, tmp_path / "model.gguf", "f32"))
+    assert theirs.encode(text) == prompt
+    ours, found = our_log_probabilities(model, prompt), theirs.log_probabilities(prompt, 49152)
+    torch.testing.assert_close(found, ours, atol=1e-3, rtol=0)
+    assert theirs.greedy(prompt, 12) == our_greedy(model, prompt, 12, tokenizer.eos_ids)
+
+
+# --- the same tokens --------------------------------------------------------------------------------------------------
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog; it's WE'VE I'LL don't, 12 345 678 times. naïve café, x = y_1 + 2.5!",
+    "你好世界。日本語のテスト 한국어 Привет, мир! שלום عربي हिन्दी ไทย 😀👩‍👩‍👧🏽 🇺🇸",
+    "def f(a):\n    return a[0]\n\n\n\tif x:\r\n        pass  # a  b   c    d",
+] * 3
+NASTY = (
+    "Hello,  world!   \n\n\n\tx=1234567; I'LL don't it's WE'VE 'S \r\n 3.14159 ½²③ ٣٤ Ⅷ héllo ﬁ ß İ ǆ "
+    "q\u0303 x\u0327\u0323 日本語テスト한국어 Привет мир שָׁלוֹם عَرَبِي हिन्दी ไทย่ 😀👩\u200d👩\u200d👧🏽 🇺🇸 "
+    "a\u00a0b\u2003c\u3000d\u2028e\u0085 \u200b\ufeff\u180e\x1c "
+    "<|im_start|>user\nhi<|im_end|><s>  </s>[INST]<unk>  trailing   "
+)
+PIECES = [*NASTY, *SPECIAL, "  ", "\n\n", "'s", "'LL", "e\u0301", "A\u030a", "▁", "€", "_", "$"]
+
+
+def texts(n, without=()):
+    """NASTY, and `n` random mixtures of what stands in it."""
+    chance = random.Random(0)
+    pieces = [piece for piece in PIECES if piece not in without]
+    yield NASTY if not without else "".join(letter for letter in NASTY if letter not in without)
+    for _ in range(n):
+        yield "".join(chance.choice(pieces) for _ in range(chance.randint(0, 40)))
+
+
+def as_split(*steps):
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def regex(pattern):
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+# How a text is split -> the name that llama.cpp has for it
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+BYTE_LEVEL = {
+    "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False), False),
+    "smollm": (pre_tokenizers.Sequence([DIGITS, pre_tokenizers.ByteLevel(add_prefix_space=False)]), False),
+    "llama-bpe": (as_split(regex(LLAMA3)), True),
+    "dbrx": (as_split(regex(LLAMA3)), False),
+    "qwen2": (as_split(regex(QWEN2)), False),
+    "default": (as_split(*map(regex, SPLITS["default"][0])), False),
+}
+
+
+def write_byte_level(folder, name):
+    pre_tokenizer, ignore_merges = BYTE_LEVEL[name]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet, min_frequency=1, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens(["[INST]"])
+    if name == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    if name == "llama-bpe":
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_sentencepiece(folder):
+    corpus = folder / "corpus"
+    corpus.write_text("\n".join(CORPUS), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=480,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path):
+    """with_tokenizer(write): a tiny model's directory with the tokenizer that `write(folder)` puts there."""
+
+    def make(write, vocab_size=1539):
+        folder = tmp_path / "model"
+        small = {"vocab_size": vocab_size, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1}
+        with saved_model(LLAMA | small) as (saved, _):
+            shutil.copytree(saved, folder)
+        write(folder)
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": "{{ messages }}"}
+        if not (folder / "tokenizer_config.json").is_file():
+            write_json(folder / "tokenizer_config.json", names)
+        return folder
+
+    return make
+
+
+def differing(ours, theirs, some):
+    """Texts that are tokenized differently, among `some`."""
+    return [text for text in some if ours.encode(text) != theirs.encode(text)]
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_bytes_bpe_gives_the_same_tokens(name, with_tokenizer, tmp_path, capsys):
+    source = with_tokenizer(lambda folder: write_byte_level(folder, name))
+    ours = open_checkpoint(source).tokenizer()
+    file = to_gguf(source, tmp_path / "model.gguf")
+    theirs, back = LlamaCpp(file), open_checkpoint(from_gguf(file, tmp_path / "back")).tokenizer()
+    some = list(texts(300))
+    assert differing(back, theirs, some) == []
+    assert ("NFC" in capsys.readouterr().out) == (name == "qwen2")
+    if name == "qwen2":  # llama.cpp does not compose characters: on what is composed already they agree
+        some = [ours._backend._tokenizer.normalizer.normalize_str(text) for text in some]
+    assert differing(ours, theirs, some) == []
+    assert theirs.encode("a b", special_tokens=True) == ours.encode("a b", special_tokens=True)
+    assert back.encode("a b", special_tokens=True) == ours.encode("a b", special_tokens=True)
+    assert (back.special_tokens, back.eos_ids, back.chat_template) == (
+        ours.special_tokens,
+        ours.eos_ids,
+        ours.chat_template,
+    )
+    assert [back.decode([i], False) for i in range(700)] == [ours.decode([i], False) for i in range(700)]
+
+
+def test_sentencepiece_gives_the_same_tokens(with_tokenizer, tmp_path, capsys):
+    source = with_tokenizer(write_sentencepiece)
+    ours = open_checkpoint(source).tokenizer()
+    file = to_gguf(source, tmp_path / "model.gguf")
+    assert "puts a space before a text" in capsys.readouterr().out
+    theirs = LlamaCpp(file)
+    assert differing(ours, theirs, [text for text in texts(300, without=(*SPECIAL, "<")) if text[:1] != " "]) == []
+    assert theirs.encode("a b", special_tokens=True) == ours.encode("a b", special_tokens=True)
+
+    # As a tokenizer.json it does just what llama.cpp does, and so it does in the next file
+    folder = from_gguf(file, tmp_path / "back")
+    back = open_checkpoint(folder).tokenizer()
+    assert differing(back, theirs, texts(300)) == []
+    assert back.decode(back.encode(CORPUS[1]), False) == CORPUS[1]
+    again = LlamaCpp(to_gguf(folder, tmp_path / "again.gguf"))
+    assert "puts a space" not in capsys.readouterr().out
+    assert differing(back, again, texts(100)) == []
+
+
+@pytest.mark.parametrize("name", ["demo", "smollm2"])
+def test_real_tokenizers_give_the_same_tokens(name, request, with_tokenizer, tmp_path):
+    from_dir = MODEL_DIR if name == "demo" else request.getfixturevalue("smollm2")
+
+    def write(folder):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(from_dir / file, folder / file)
+
+    source = with_tokenizer(write, vocab_size=49160)
+    ours = open_checkpoint(source).tokenizer()
+    file = to_gguf(source, tmp_path / "model.gguf")
+    theirs, back = LlamaCpp(file), open_checkpoint(from_gguf(file, tmp_path / "back")).tokenizer()
+    some = list(texts(300))
+    assert differing(ours, theirs, some) == [] and differing(back, theirs, some) == []
+    assert back.chat_template == ours.chat_template
+    assert back.vocab_size == ours.vocab_size
