@@ -55,16 +55,25 @@ class Conversation:
         self._tell(f"{self._asked()}. /help lists the commands, Ctrl-D leaves.")
         with suppress(EOFError, KeyboardInterrupt):
             while not self.over:
+                line = self._read(terminal)
                 try:
-                    self._take(input("> " if terminal and sys.stdout.isatty() else "").strip())
-                except UnicodeDecodeError:
-                    raise UsageError("What is piped in must be UTF-8.") from None
+                    self._take(line)
                 except UsageError as error:
                     if not terminal:
                         raise
                     self._tell(f"error: {error}")
         if terminal and not self.over:
             print()
+
+    @staticmethod
+    def _read(terminal: bool) -> str:
+        """The next line. Raises EOFError where there is none."""
+        try:
+            line = input("> " if terminal and sys.stdout.isatty() else "").strip()
+            line.encode()  # bytes that are no text may have come through
+            return line
+        except UnicodeError:
+            raise UsageError("What is typed or piped in must be UTF-8.") from None
 
     def _take(self, line: str) -> None:
         """One line: a command, or something to answer."""
