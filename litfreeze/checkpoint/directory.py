@@ -284,7 +284,9 @@ def open_beneath(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Pat
             raise UsageError(
                 f"--base_dir {place} itself holds only what trained. Name the base under it, {base.base.path}."
             )
-        found = base.weights_hash if known.get("files") == _stamps(place) else base.hash_of_contents()
+        on_record = base.manifest or known  # a Hugging Face directory has no record of its own
+        same_files = known.get("files") == _stamps(place)
+        found = on_record["weights_hash"] if same_files else base.hash_of_contents()
         if force or found == known["weights_hash"]:
             return base
         refused.append(f"{place} is not the base that {path} was trained on (its weights have sha256 {found[:16]}…, ")

@@ -10,11 +10,12 @@ import multiprocessing
 import os
 import secrets
 import signal
+import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing.process import BaseProcess
@@ -24,7 +25,7 @@ from types import FrameType
 from typing import Any, Optional, Union
 
 import litserve
-from fastapi import Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
 from starlette.exceptions import HTTPException
@@ -182,6 +183,7 @@ class Answers(litserve.LitAPI):
         """Opens and loads everything, once."""
         from litfreeze.generate.answer import load_models, open_answerers
 
+        _leave_with_parent()
         served = self.served
         self.answerers = open_answerers(served.checkpoint_dir, served.base_dir, served.adapters, served.prompt_style)
         load_models(self.answerers.values(), served.accelerator, served.precision)
@@ -257,8 +259,22 @@ class Server(litserve.LitServer):
         for each in sockets:
             each.listen()  # who comes before the process does is kept waiting, and not refused
         started = super()._start_server(port, servers, log_level, sockets, *args, **kw)
+        threading.Thread(target=self._watch, args=(started[0],), daemon=True).start()
         print(self.greeting, flush=True)
         return started
+
+    def _watch(self, http: BaseProcess) -> None:
+        """Ends everything when the process that speaks HTTP is lost; LitServe looks after the model's alone."""
+        http.join()
+        with suppress(EOFError, OSError):  # it was all ending anyway
+            self._shutdown_event.set()
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """What happens around the service of the process that speaks HTTP."""
+        _leave_with_parent()
+        async with super().lifespan(app):
+            yield
 
     def serve(self, host: str, port: int) -> None:
         """Until a signal ends it, which is an Interrupted, or one of its processes is lost, which is a RunError."""
@@ -287,6 +303,16 @@ class Server(litserve.LitServer):
         if signals:
             raise Interrupted(signals[0])
         raise RunError(f"The server has lost a process{lost}; what stands above says why.")
+
+
+def _leave_with_parent() -> None:
+    """Has this process end when the one that started it is lost, and can no longer end it."""
+
+    def leave() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 async def _in_form(_: Request, error: Exception) -> JSONResponse:

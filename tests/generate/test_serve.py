@@ -276,6 +276,8 @@ def test_ctrl_c_ends_it_and_nothing_is_left(server, client):
     next(iter(stream))
     os.killpg(server.process.pid, signal.SIGINT)
     assert server.process.wait(30) == 130
+    for _ in range(50):  # Python's own helper, for what processes share, ends by itself
+        time.sleep(0.1 if server.processes() else 0)
     assert server.processes() == []
     assert list(server.folder.iterdir()) == []
     said = server.said
@@ -307,3 +309,10 @@ def test_what_is_wrong_is_told_before_anything_starts(words, told, capsys):
         assert main(["serve", "--port", str(free_port()), *words] if "--port" not in words else ["serve", *words]) == 2
     out, err = capsys.readouterr()
     assert told in err and out == "" and err.count("\n") <= 2
+
+
+def test_without_litserve_it_is_told_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "litserve", None)
+    monkeypatch.delitem(sys.modules, "litfreeze.generate.server", raising=False)
+    assert main(["serve"]) == 2
+    assert "pip install 'litfreeze[serve]'" in capsys.readouterr().err
