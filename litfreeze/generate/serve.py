@@ -82,7 +82,7 @@ def _check_port(host: str, port: int) -> None:
 
 def _greeting(host: str, port: int, models: list[str], api_key: Optional[str]) -> str:
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else '[::1]' if host == '::' else host}:{port}/v1"
-    key = " -H 'Authorization: Bearer '$LITFREEZE_API_KEY" if api_key else ""
+    key = ' -H "Authorization: Bearer $LITFREEZE_API_KEY"' if api_key else ""
     asked = f'{{"model": "{models[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     everywhere = "" if host == LOOPBACK else f" (and every address of this machine: {host})"
     return (

@@ -175,8 +175,8 @@ class Answers(litserve.LitAPI):
 
     async def authorize(self, request: Request) -> None:
         """What every request has to pass, if there is a key."""
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if self.api_key and not secrets.compare_digest(given.encode(), self.api_key.encode()):
+        given = request.headers.get("Authorization", "")
+        if self.api_key and not secrets.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
             raise Refused(401, "The API key is missing or wrong (Authorization: Bearer …).", None, "invalid_api_key")
 
     def setup(self, device: str) -> None:
@@ -287,13 +287,13 @@ class Server(litserve.LitServer):
             raise KeyboardInterrupt
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        lost = ""
+        reason = "The server has lost a process; what stands above says why."
         try:
             self.run(host, port, num_api_servers=1, log_level="error", generate_client_file=False)
-        except (KeyboardInterrupt, SystemExit):  # the latter: uvicorn cannot have the port
+        except SystemExit:  # uvicorn's, where somebody was faster
+            reason = f"The server cannot have port {port} of {host}."
+        except (KeyboardInterrupt, EOFError, OSError):  # the last two from LitServe's queues, when a process is lost
             pass
-        except (EOFError, OSError) as error:  # LitServe's queues, when a process is lost
-            lost = f" ({type(error).__name__})"
         finally:
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -302,7 +302,7 @@ class Server(litserve.LitServer):
                 signal.signal(number, handler)
         if signals:
             raise Interrupted(signals[0])
-        raise RunError(f"The server has lost a process{lost}; what stands above says why.")
+        raise RunError(reason)
 
 
 def _leave_with_parent() -> None:

@@ -31,14 +31,14 @@ def test_each_answers_token_for_token_as_a_fresh_load_of_its_directory(several):
     for name in [*several, *several]:  # and once more, after all the others
         checkpoint = open_checkpoint(several[name].checkpoint.path)
         alone = load_model(checkpoint, lambda _: several[BASE].model.embed.weight.dtype)
-        for prompt in PROMPTS[:2]:
+        for prompt in PROMPTS[:1]:
             tokens = several[name].tokens([{"role": "user", "content": prompt}])
             for sampling in (Sampling(), Sampling(temperature=1.0)):
                 drawn = [list(generate_tokens(m, tokens, 8, (), sampling, 3)) for m in (several[name].model, alone)]
                 assert drawn[0] == drawn[1]
                 said.setdefault((name, sampling, prompt), drawn[0])
                 assert said[name, sampling, prompt] == drawn[0]
-    assert len({tuple(tokens) for tokens in said.values()}) > 8  # of 16: they do differ
+    assert len({tuple(tokens) for tokens in said.values()}) > 5  # of 8: they do differ
 
 
 def test_what_they_share_is_in_memory_once(several):
