@@ -17,6 +17,8 @@ COMMANDS = {
     "merge_lora": "litfreeze.scripts.merge:merge_lora",
     "merge_delta": "litfreeze.scripts.merge:merge_delta",
     "generate": "litfreeze.generate.base:setup",
+    "chat": "litfreeze.generate.chat:setup",
+    "serve": "litfreeze.generate.serve:setup",
     "classify": "litfreeze.generate.classify:setup",
     "sweep": "litfreeze.scripts.sweep:setup",
     "layers": "litfreeze.scripts.layers:setup",

@@ -285,7 +285,9 @@ def open_beneath(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Pat
             raise UsageError(
                 f"--base_dir {place} itself holds only what trained. Name the base under it, {base.base.path}."
             )
-        found = base.weights_hash if known.get("files") == _stamps(place) else base.hash_of_contents()
+        on_record = base.manifest or known  # a Hugging Face directory has no record of its own
+        same_files = known.get("files") == _stamps(place)
+        found = on_record["weights_hash"] if same_files else base.hash_of_contents()
         if force or found == known["weights_hash"]:
             return base
         refused.append(f"{place} is not the base that {path} was trained on (its weights have sha256 {found[:16]}…, ")
@@ -357,9 +359,11 @@ def load_model(
     dtype: Callable[[str], torch.dtype],
     stream: Optional[torch.dtype] = None,
     without: Collection[str] = (),
+    over: Optional[GPT] = None,
 ) -> GPT:
     """The model with its weights, `dtype(name)` telling each one's dtype and `stream` that of the residual stream (by
-    default the embedding's). The parameters `without` are left empty.
+    default the embedding's). The parameters `without` are left empty. With `over`, the model of the checkpoint's base,
+    what the checkpoint does not hold itself is not read: the parameters are those of `over`, the same objects.
 
     Where that is the stored dtype and the tensor is stored as it is used, it stays backed by its file: it costs no
     memory until it is used, and can be dropped and read again. Changing it in memory never changes the file."""
@@ -369,6 +373,9 @@ def load_model(
             add_lora(model, checkpoint.lora)
     for name in list(dict(model.named_parameters())):
         owner, _, attribute = name.rpartition(".")
+        if over is not None and name not in checkpoint.tensors:
+            setattr(model.get_submodule(owner), attribute, over.get_parameter(name))
+            continue
         # A weight cut out of a fused one is a view with strides of its own, which fused optimizers do not honour
         weight = torch.empty(0) if name in without else checkpoint.read(name).to(dtype(name)).contiguous()
         setattr(model.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))

@@ -42,43 +42,22 @@ def setup(
         accelerator: cpu, cuda, mps or auto.
         seed: Fixes the draws.
     """
-    from litfreeze.checkpoint.directory import load_model, open_checkpoint
-    from litfreeze.data.prompt import Prompt
+    from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.demo import MODEL_DIR
-    from litfreeze.errors import UsageError
-    from litfreeze.generate.sample import Sampling, generate_tokens
-    from litfreeze.generate.text import until
-    from litfreeze.launch import build_fabric
-    from litfreeze.precision import default_precision
+    from litfreeze.generate.answer import Answer, Answerer, check_options, load_models
+    from litfreeze.generate.sample import Sampling
 
-    if max_new_tokens < 1:
-        raise UsageError(f"--max_new_tokens {max_new_tokens} must be at least 1.")
-    stops = [stop] if isinstance(stop, str) else list(stop or [])
-    if "" in stops:
-        raise UsageError("--stop is empty.")
+    stops = check_options(max_new_tokens, stop)
     sampling = Sampling(temperature, top_k, top_p)
-    checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir)
-    if checkpoint.config.labels:
-        raise UsageError(
-            f"{checkpoint.path} is a classifier and writes nothing: litfreeze classify --checkpoint_dir "
-            f"{checkpoint.path} --text '…' tells the class of a text."
-        )
-    tokenizer = checkpoint.tokenizer()
-    if prompt_style is None and checkpoint.prompt is None and tokenizer.chat_template is None:
-        prompt_style = "plain"
-    style = Prompt.choose(prompt_style, checkpoint.prompt, tokenizer)
+    answerer = Answerer(open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir), prompt_style)
     messages = [{"role": "system", "content": system}] if system is not None else []
-    ids = tokenizer.encode(style.for_generation([*messages, {"role": "user", "content": prompt}]))
-    checkpoint.check_tokens(ids)
-
-    name = precision or default_precision(accelerator).replace("mixed", "true")
-    fabric, kept = build_fabric(accelerator, 1, 1, name)
-    model = load_model(checkpoint, lambda _: kept.frozen).to(fabric.device)
-    tokens = generate_tokens(model, ids, max_new_tokens, tokenizer.eos_ids, sampling, seed)
+    tokens = answerer.tokens([*messages, {"role": "user", "content": prompt}])
+    load_models([answerer], accelerator, precision)
     if prompt == DEFAULT_PROMPT:
-        print(f"{checkpoint.path}, asked {prompt!r} (--prompt and --checkpoint_dir choose others):", file=sys.stderr)
+        path = answerer.checkpoint.path
+        print(f"{path}, asked {prompt!r} (--prompt and --checkpoint_dir choose others):", file=sys.stderr)
     answer = ""
-    for piece in until(tokenizer.stream(), tokens, stops):
+    for piece in Answer(answerer, tokens, max_new_tokens, sampling, stops, seed):
         answer += piece
         print(piece, end="", flush=True)
     print()

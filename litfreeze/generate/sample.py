@@ -11,6 +11,8 @@ from litfreeze.attention import KVCache
 from litfreeze.errors import UsageError
 from litfreeze.model import GPT
 
+COLD = 1e-6  # a temperature below this is greedy in all but name, and would divide logits beyond every number
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -32,7 +34,7 @@ class Sampling:
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
         """One token id from `logits` (V,)."""
-        if self.temperature == 0:
+        if self.temperature < COLD:
             return int(logits.argmax())
         probabilities = (logits.float() / self.temperature).softmax(-1).cpu()
         ordered, ids = probabilities.sort(descending=True)

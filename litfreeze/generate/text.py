@@ -1,12 +1,12 @@
 """New tokens as text, piece by piece."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 from litfreeze.tokenizer import TextStream
 
 
-def until(stream: TextStream, tokens: Iterable[int], stops: list[str]) -> Iterator[str]:
-    """The text of `tokens` as it comes, ending before the first of `stops`.
+def until(stream: TextStream, tokens: Iterable[int], stops: list[str]) -> Generator[str, None, bool]:
+    """The text of `tokens` as it comes, ending before the first of `stops`. It returns whether it came to one.
 
     What could be the beginning of a stop text is held back until it is decided."""
     held = ""
@@ -20,11 +20,12 @@ def until(stream: TextStream, tokens: Iterable[int], stops: list[str]) -> Iterat
         held += piece
         if found := [held.index(stop) for stop in stops if stop in held]:
             yield held[: min(found)]
-            return
+            return True
         safe = len(held) - max((_overlap(held, stop) for stop in stops), default=0)
         yield held[:safe]
         held = held[safe:]
     yield held
+    return False
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -281,6 +281,8 @@ def test_mistakes_are_told_before_anything_is_written(shared_run, monkeypatch, c
             "finetune full --task classification --trainable_layers none",
         ),
         ("generate --checkpoint_dir run/final", "is a classifier and writes nothing: litfreeze classify"),
+        ("chat --checkpoint_dir run/final", "is a classifier and writes nothing: litfreeze classify"),
+        ("serve --checkpoint_dir run/final", "is a classifier and writes nothing: litfreeze classify"),
         (f"classify --checkpoint_dir {MODEL_DIR} --text hi", "is a language model. Make a classifier of it with"),
         ("classify --checkpoint_dir run/final", "either --text '…', or --data"),
         ("classify --checkpoint_dir run/final --text hi --data two.jsonl", "either --text '…', or --data"),

@@ -65,9 +65,10 @@ def test_a_draw_keeps_to_top_k_and_top_p(logits, temperature, top_k, top_p, seed
     assert probabilities[likelier].sum() < top_p + 1e-5
 
 
-def test_top_k_one_is_greedy():
+def test_top_k_one_is_greedy_and_so_is_a_temperature_next_to_none():
     logits = torch.tensor([0.1, 2.0, 1.9])
     assert all(Sampling(5.0, 1).draw(logits, torch.Generator().manual_seed(s)) == 1 for s in range(9))
+    assert Sampling(1e-300).draw(logits, torch.Generator()) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}])
