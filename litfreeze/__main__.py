@@ -27,6 +27,8 @@ COMMANDS = {
     "convert to_hf": "litfreeze.scripts.convert:to_hf",
     "convert from_peft": "litfreeze.scripts.convert:from_peft",
     "convert to_peft": "litfreeze.scripts.convert:to_peft",
+    "download": "litfreeze.scripts.download:setup",
+    "upload": "litfreeze.scripts.upload:setup",
     "expand": "litfreeze.scripts.expand:setup",
     "init": "litfreeze.scripts.init:setup",
     "cache ls": "litfreeze.scripts.cache:ls",
