@@ -22,7 +22,8 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(settings, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(settings, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
         monkeypatch.setattr(settings, "HF_HUB_DISABLE_XET", True)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
             monkeypatch.delenv(name, raising=False)
         (tmp_path / "work").mkdir()
         monkeypatch.chdir(tmp_path / "work")

@@ -169,10 +169,10 @@ class Handler(BaseHTTPRequestHandler):
         self.writer()
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}"
-        if name in self.hub.repos:
-            raise Refused(409, message="You already created this model repo")
-        self.hub.repos[name] = Repo({".gitattributes": b"*.bin filter=lfs\n"}, private=bool(asked.get("private")))
-        self.send_json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
+        status = 409 if name in self.hub.repos else 200
+        fresh = Repo({".gitattributes": b"*.bin filter=lfs\n"}, private=asked.get("visibility") == "private")
+        self.hub.repos.setdefault(name, fresh)
+        self.send(json.dumps({"url": f"{self.hub.url}/{name}", "name": name, "id": name}).encode(), status)
 
     def branch(self, name: str, branch: str) -> None:
         self.writer()

@@ -217,6 +217,11 @@ def private(hub):
     hub.repos["org/base"].private = True
 
 
+def lacks_a_shard(hub):
+    in_shards(hub.repos["org/base"])
+    del hub.repos["org/base"].files["model-00001-of-00003.safetensors"]
+
+
 WRONG = {
     "absent": (None, ["org/bas"], 2, ["org/bas is no directory here", "has no model org/bas, or a private one"]),
     "private": (private, ["org/base"], 2, ["or a private one", "HF_TOKEN"]),
@@ -225,12 +230,7 @@ WRONG = {
     "no weights": (lambda hub: hub.repos["org/base"].files.pop("model.safetensors"), ["org/base"], 2, ["holds no"]),
     "no path": (None, ["a/b/c"], 2, ["a/b/c is no directory here", "ORG/NAME"]),
     "no name": (None, ["org/.."], 2, ["org/.. is no directory here"]),
-    "missing shard": (
-        lambda hub: (in_shards(hub.repos["org/base"]), hub.repos["org/base"].files.pop("model-00001-of-00003.safetensors")),
-        ["org/base"],
-        2,
-        ["lacks model-00001-of-00003.safetensors"],
-    ),
+    "missing shard": (lacks_a_shard, ["org/base"], 2, ["lacks model-00001-of-00003.safetensors"]),
 }  # fmt: skip
 
 

@@ -92,7 +92,8 @@ def test_a_model_comes_back_as_it_went(hub, base, run, writer, tmp_path):
 
 def test_an_adapter_goes_as_peft_loads_it(hub, base, run, writer, tmp_path, demo_hf):
     final = tuned(finetune_lora)
-    assert run("upload", final, "me/adapter", "--private")[0] == 0
+    code, _, err = run("upload", final, "me/adapter", "--private")
+    assert code == 0, err
     assert hub.repos["me/adapter"].private
     files = hub.repos["me/adapter"].files
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} < set(
@@ -207,7 +208,7 @@ def test_what_cannot_be_uploaded_is_told_before_anything_is(hub, base, run, writ
         (lora, "me/public", "--base_model", "org/base"): "holds model.safetensors",
     }.items():
         code, _, err = run("upload", *words)
-        assert code == 2 and told in err and len(err.strip().splitlines()) == 1
+        assert code == 2 and told in err and len(err.strip().splitlines()) == 1, err
     assert "me/x" not in hub.repos
     monkeypatch.delenv("HF_TOKEN")
     code, _, err = run("upload", full, "me/x")
