@@ -18,6 +18,7 @@ COMMANDS = {
     "merge_delta": "litfreeze.scripts.merge:merge_delta",
     "generate": "litfreeze.generate.base:setup",
     "classify": "litfreeze.generate.classify:setup",
+    "evaluate": "litfreeze.evaluate.base:setup",
     "sweep": "litfreeze.scripts.sweep:setup",
     "layers": "litfreeze.scripts.layers:setup",
     "rank": "litfreeze.scripts.rank:setup",
