@@ -29,7 +29,7 @@ COMMANDS = {
     "convert from_peft": "litfreeze.scripts.convert:from_peft",
     "convert to_peft": "litfreeze.scripts.convert:to_peft",
     "download": "litfreeze.scripts.download:setup",
-    "upload": "litfreeze.scripts.upload:setup",
+    "upload": "litfreeze.publish.base:setup",
     "expand": "litfreeze.scripts.expand:setup",
     "init": "litfreeze.scripts.init:setup",
     "cache ls": "litfreeze.scripts.cache:ls",

@@ -67,13 +67,13 @@ def _write_manifest(
         **known,
         "weights_hash": weights_hash,
         "tensors": hashes,
-        "files": {file.name: _record(file) for file in sorted(directory.iterdir())},
+        "files": {file.name: record_of(file) for file in sorted(directory.iterdir())},
     }
     write_text(directory / MANIFEST, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     return whole
 
 
-def _record(file: Path) -> dict[str, Any]:
+def record_of(file: Path) -> dict[str, Any]:
     """Its size and, unless its tensors have hashes of their own, its sha256."""
     size = {"bytes": file.stat().st_size}
     return size if file.suffix == ".safetensors" else {**size, "sha256": hash_file(file)}

@@ -145,7 +145,11 @@ def load_tasks(names: Sequence[str], include_path: Optional[Path], num_fewshot: 
     if include_path is not None and not Path(include_path).is_dir():
         raise UsageError(f"--include_path {include_path} is no folder here.")
     with quiet():
-        manager = TaskManager(include_path=include_path and str(include_path))
+        own = include_path and TaskManager(include_path=str(include_path), include_defaults=False)
+        if own and set(names) <= set(own.all_subtasks):
+            manager = own  # to look through lm-eval's thousands takes seconds
+        else:
+            manager = TaskManager(include_path=include_path and str(include_path))
         for name in names:
             if name not in manager.all_tasks:
                 raise UsageError(f"--tasks: lm-eval has no task {name!r}.{did_you_mean(name, manager.all_tasks)}")

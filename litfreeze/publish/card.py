@@ -32,6 +32,7 @@ def write_card(checkpoint: Checkpoint, form: str, repo: str, base: Optional[str]
         "tags": ["litfreeze", *(["lora"] if lora else [])],
     }
     what = f"An adapter ({lora.describe()})" if lora else "A model"
+    made = "made with litfreeze, which fine-tunes chosen layers of a model."
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).rstrip(),
@@ -39,10 +40,9 @@ def write_card(checkpoint: Checkpoint, form: str, repo: str, base: Optional[str]
         "",
         f"# {repo.rpartition('/')[2]}",
         "",
-        f"{what} over {_linked(base, checkpoint)}, made with litfreeze, which fine-tunes chosen layers of a model.",
+        f"{what}{_over(base, checkpoint)}, {made}",
         "",
-        f"**Compared with its base:** {compared}",
-        "",
+        *([f"**Compared with its base:** {compared}", ""] if compared else []),
         "## Use",
         "",
         *_use(checkpoint, form, repo, base),
@@ -53,11 +53,11 @@ def write_card(checkpoint: Checkpoint, form: str, repo: str, base: Optional[str]
 
 
 def compared_with_base(checkpoint: Checkpoint) -> str:
-    """What lies between `checkpoint` and the base it began from, or was merged into, in a line or a few: every weight
-    of both is read. Or why that is not known."""
+    """What lies between `checkpoint` and the base it began from, or was merged into: every weight of both is read. Or
+    that this is not known, and nothing where it has no base."""
     base, manifest = checkpoint.base, checkpoint.manifest or {}
     if base is None and "base" not in manifest:
-        return "not known: no base is on record."
+        return ""
     try:
         base = base or open_beneath(checkpoint.path, manifest, None, False)
         return compare(base, checkpoint).summary().replace("\n", " ")
@@ -65,12 +65,12 @@ def compared_with_base(checkpoint: Checkpoint) -> str:
         return "not known: it was not at hand when this card was written."
 
 
-def _linked(base: Optional[str], checkpoint: Checkpoint) -> str:
+def _over(base: Optional[str], checkpoint: Checkpoint) -> str:
     if base:
         name, _, revision = base.partition("@")
-        return f"[{name}](https://huggingface.co/{name}){f' (revision {revision})' if revision else ''}"
+        return f" over [{name}](https://huggingface.co/{name}){f' (revision {revision})' if revision else ''}"
     known = (checkpoint.manifest or {}).get("base") or {}
-    return f"`{public_name(known['path'])}`" if "path" in known else "a base that is not on record"
+    return f" over `{public_name(known['path'])}`" if "path" in known else ""
 
 
 def _use(checkpoint: Checkpoint, form: str, repo: str, base: Optional[str]) -> Iterator[str]:

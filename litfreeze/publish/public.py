@@ -10,8 +10,8 @@ import yaml
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.hub import is_hub_name, origin
-from litfreeze.checkpoint.manifest import MANIFEST, read_manifest
-from litfreeze.checkpoint.tensors import hash_file
+from litfreeze.checkpoint.manifest import MANIFEST, TRAINED, read_manifest
+from litfreeze.checkpoint.write import record_of
 from litfreeze.cli import options_of
 from litfreeze.config import read_json
 from litfreeze.demo import MODEL_DIR
@@ -22,28 +22,29 @@ MOST_BASES = 20  # one under the other: more is a circle
 
 
 def base_of(checkpoint: Checkpoint) -> Optional[str]:
-    """ORG/NAME or ORG/NAME@COMMIT of the model on the Hub that lies under all that trained, as far as is on record."""
-    if checkpoint.manifest is None:
-        if checkpoint.base is None:
-            return None
-        named = read_json(checkpoint.path / PEFT_CONFIG).get("base_model_name_or_path")
-        return origin(checkpoint.base.path) or _hub_name(named) or _below(checkpoint.base.path)
-    known = checkpoint.manifest.get("base") or {}
-    return _hub_name(known.get("hub")) or (_below(Path(known["path"])) if "path" in known else None)
-
-
-def _below(place: Path) -> Optional[str]:
+    """ORG/NAME or ORG/NAME@COMMIT of the base on the Hub, as far as is on record: of an adapter or a delta the very
+    model that it stands over, of a whole checkpoint the one that lies under all that was trained since."""
+    known = (checkpoint.manifest or {}).get("base") or {}
+    if checkpoint.base is not None:
+        named = known.get("hub")
+        if checkpoint.manifest is None:
+            named = read_json(checkpoint.path / PEFT_CONFIG).get("base_model_name_or_path")
+        return _own_name(checkpoint.base.path) or _hub_name(named)
+    place = checkpoint.path
     for _ in range(MOST_BASES):
-        if named := origin(place):
-            return named
-        if not (place / MANIFEST).is_file():
-            return None
-        manifest = read_manifest(place)
-        known = manifest.get("base") or {}
-        if named := _hub_name(known.get("hub")) or _hub_name(manifest.get("source")):
+        if named := _hub_name(known.get("hub")) or _own_name(place):
             return named
         place = Path(known.get("path", ""))
+        known = (read_manifest(place).get("base") or {}) if (place / MANIFEST).is_file() else {}
     return None
+
+
+def _own_name(place: Path) -> Optional[str]:
+    """The name on the Hub of the very weights that lie in `place`, converted or as they came."""
+    if (named := origin(place)) is None and (place / MANIFEST).is_file():
+        manifest = read_manifest(place)
+        named = manifest.get("source") if manifest.get("kind") == "base" else None
+    return _hub_name(named)
 
 
 def _hub_name(value: Any) -> Optional[str]:
@@ -51,8 +52,8 @@ def _hub_name(value: Any) -> Optional[str]:
 
 
 def public_manifest(manifest: Mapping[str, Any], base: Optional[str], directory: Path) -> dict[str, Any]:
-    """`manifest` for everybody: of paths the last part is left, and of the base the name it has on the Hub. `directory`
-    holds the files it lists."""
+    """`manifest` for everybody: of paths the last part is left, and of the base that an adapter or a delta stands over
+    `base`, its name on the Hub. `directory` holds the files it lists."""
     public = {**manifest, "history": [public_run(run) for run in manifest.get("history", [])]}
     if isinstance(manifest.get("training"), dict):
         public["training"] = public_run({"kind": manifest.get("kind"), **manifest["training"]})
@@ -61,15 +62,12 @@ def public_manifest(manifest: Mapping[str, Any], base: Optional[str], directory:
     if isinstance(manifest.get("merged"), list):
         public["merged"] = [{**part, "path": public_name(part["path"])} for part in manifest["merged"]]
     if known := manifest.get("base"):
-        name = public_name(known["path"])
-        beside = {"path": name.rpartition("/")[2].partition("@")[0]}
-        hub = {"hub": base} if base else {}
-        public["base"] = {**hub, **beside, "from_here": f"../{beside['path']}", "weights_hash": known["weights_hash"]}
-    for name, known in (manifest.get("files") or {}).items():
-        file = directory / name
-        changed = {"sha256": hash_file(file)} if "sha256" in known else {}
-        public.setdefault("files", {})
-        public["files"] = {**public["files"], name: {"bytes": file.stat().st_size, **changed}}
+        hub = base if manifest.get("holds") == TRAINED else known.get("hub")
+        place = public_name(known["path"]).rpartition("/")[2].partition("@")[0]
+        public["base"] = {"path": place, "from_here": f"../{place}", "weights_hash": known["weights_hash"]}
+        public["base"] |= {"hub": hub} if hub else {}
+    if "files" in manifest:
+        public["files"] = {name: record_of(directory / name) for name in manifest["files"]}
     return public
 
 
@@ -87,7 +85,8 @@ def public_name(path: str) -> str:
     """What everybody may know of a place on this machine: a model's name on the Hub, else the last part."""
     if Path(path) == MODEL_DIR.resolve():
         return "litfreeze-demo"
-    return origin(Path(path)) or (path if is_hub_name(path) else Path(path).name)
+    # What looks like a name without a commit may be a relative path
+    return origin(Path(path)) or (path if is_hub_name(path) and "@" in path else Path(path).name)
 
 
 def public_recipe(kind: Optional[str], recipe: str) -> str:

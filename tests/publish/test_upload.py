@@ -143,6 +143,19 @@ def test_what_lies_between_is_told_of_what_was_merged(hub, base, run, writer):
     )
 
 
+def test_an_adapter_of_a_tuned_model_is_none_of_the_model_on_the_hub(hub, base, run, writer):
+    """PEFT would put it over other weights than it was trained on, and say nothing."""
+    full = tuned()
+    adapter = tuned(finetune_lora, full, out_dir=Path("lora"))
+    code, _, err = run("upload", adapter, "me/adapter")
+    assert code == 2 and "--base_model ORG/NAME" in err and not hub.requests
+    run("upload", full, "me/tuned")
+    assert run("upload", adapter, "me/adapter", "--base_model", "me/tuned")[0] == 0
+    torch.testing.assert_close(logits("me/adapter"), logits(adapter), rtol=1e-5, atol=1e-5)
+    assert run("upload", merge_lora(adapter, Path("merged")), "me/merged")[0] == 0
+    assert card_of(hub, "me/merged")[0]["base_model"] == "org/base"  # under all that was trained
+
+
 def test_nothing_tells_of_this_machine(hub, base, run, writer, tmp_path, demo_hf):
     """Not even what other tools had noted in the base's files."""
     there = tmp_path / "a-private-folder" / "my-base"
