@@ -37,6 +37,7 @@ class Tokenizer:
 
     Attributes:
         bos_id: Id of the token that begins a text, or None.
+        names_bos: Whether the tokenizer's own files name that token; else the model's do.
         eos_id: Id of the tokenizer's own end token, which closes a trained response, or None.
         eos_ids: Every id that ends a generation; `generation_config.json` first, then `config.json`, then `eos_id`.
         special_tokens: Texts of the named special tokens: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
@@ -53,6 +54,7 @@ class Tokenizer:
     ):
         self._backend = backend
         self.special_tokens = special_tokens
+        self.names_bos = "bos_token" in special_tokens
         self.chat_template = chat_template
         self.bos_id = self._special_id("bos_token", bos_id)
         self.eos_id = self._special_id("eos_token", end_ids[0] if end_ids else None)

@@ -38,6 +38,13 @@ def own_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch) -> None:
+    """A word such as no/such may be a model's name on the Hub: no test asks the real one."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory) -> Path:
     """A folder with a small tokenizer and most of the files that come beside one, none as json.dumps writes it."""

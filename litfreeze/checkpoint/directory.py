@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from litfreeze.checkpoint.convert.hf import HFTensors
 from litfreeze.checkpoint.convert.peft import PEFTTensors
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
-from litfreeze.checkpoint.manifest import MANIFEST, read_manifest
+from litfreeze.checkpoint.hub import is_hub_name, located, origin
+from litfreeze.checkpoint.manifest import MANIFEST, STEMS, TRAINED, WHOLE, read_manifest
 from litfreeze.checkpoint.tensors import Layout, TensorDirectory, same_bits, sha256
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
@@ -31,9 +32,6 @@ from litfreeze.json_file import read_json
 from litfreeze.lora import LoRA, add_lora, is_lora, linear_layers, model_parameters
 from litfreeze.model import GPT
 from litfreeze.tokenizer import Tokenizer
-
-WHOLE, TRAINED = "whole", "trained"  # what a directory of ours holds
-STEMS = {WHOLE: "litfreeze", TRAINED: "trained"}  # the names of its weights' file
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +98,7 @@ class Checkpoint:
         manifest = self.manifest or (self.base and self.base.manifest) or {}
         last = manifest.get("training")
         runs = [{"kind": manifest.get("kind"), **last}] if last else []
-        left_out = ("trained", "recipe")
-        return manifest.get("history", []) + [{k: v for k, v in run.items() if k not in left_out} for run in runs]
+        return manifest.get("history", []) + [{k: v for k, v in run.items() if k != "trained"} for run in runs]
 
     @cached_property
     def tensor_hashes(self) -> Mapping[str, str]:
@@ -167,19 +164,20 @@ class InMemory(dict):
 
 def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, force_base: bool = False) -> Checkpoint:
     """Opens a litfreeze, Hugging Face or PEFT directory and checks that its tensors are those its config asks for.
+    ORG/NAME or ORG/NAME@REVISION that is no directory here is a model on the Hugging Face Hub, or in its cache.
 
     One that holds only what trained is opened over its base: `base_dir`, or where its manifest says. A base with other
     weights than it was trained on is refused unless `force_base`. Reads headers only (and a tied head that is stored
     all the same, an embedding or head beside a PEFT adapter, and a Hugging Face base whose files are not those on
     record). Raises UsageError naming the file and what is wrong with it."""
-    path = Path(path)
+    path = located(path)
     here = False
     with suppress(OSError):  # a name that is too long, say
         here = path.is_dir()
     if not here:
         raise UsageError(
-            f"{path} is no directory here. A checkpoint is a local litfreeze, Hugging Face or PEFT directory; nothing "
-            "is downloaded."
+            f"{path} is no directory here. A checkpoint is a litfreeze, Hugging Face or PEFT directory, or a model on "
+            "the Hugging Face Hub: ORG/NAME."
         )
     if not (path / MANIFEST).is_file() and (path / PEFT_CONFIG).is_file():
         return _open_peft(path, base_dir)
@@ -252,7 +250,9 @@ def identity(checkpoint: Checkpoint, seen_from: Path) -> dict[str, Any]:
 
     The sizes and times of the base's files stand in for reading all of its weights every time."""
     path = checkpoint.path.resolve()
+    on_hub = origin(path)
     return {
+        **({} if on_hub is None else {"hub": on_hub}),
         "path": str(path),
         "from_here": os.path.relpath(path, seen_from.resolve()),
         "weights_hash": checkpoint.weights_hash,
@@ -267,10 +267,12 @@ def open_beneath(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Pat
     if not isinstance(known, dict) or not all(isinstance(known.get(word), str) for word in words):
         raise UsageError(f"{path / MANIFEST} names no base: it is damaged.")
     # What moved along with the checkpoint comes before what stands where the base once was
-    places = [Path(base_dir)] if base_dir is not None else [path / known["from_here"], Path(known["path"])]
+    places = [located(base_dir)] if base_dir is not None else [path / known["from_here"], Path(known["path"])]
     places = list(dict.fromkeys(place.resolve() for place in places if _has_config(place)))
     if base_dir is None and path.resolve() in places:
         places.remove(path.resolve())
+    if base_dir is None and not places and is_hub_name(known.get("hub", "")):
+        places = [located(known["hub"])]
     if not places and base_dir is not None:
         raise UsageError(f"--base_dir {base_dir} is no checkpoint.")
     if not places:
@@ -314,6 +316,9 @@ def _open_peft(path: Path, base_dir: Optional[Path | str]) -> Checkpoint:
     settings = read_json(path / PEFT_CONFIG)
     named = settings.get("base_model_name_or_path")
     place = Path(base_dir) if base_dir is not None else Path(named) if isinstance(named, str) and named else None
+    if place is not None and not _has_config(place):
+        revision = settings.get("revision")
+        place = located(f"{place}@{revision}" if base_dir is None and isinstance(revision, str) else place)
     if place is None or not _has_config(place):
         what = f"--base_dir {base_dir}" if base_dir is not None else f"its base, {named!r},"
         raise UsageError(f"{path} is an adapter, and {what} is no directory here. Name the base with --base_dir.")

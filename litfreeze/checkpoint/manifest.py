@@ -9,6 +9,8 @@ from litfreeze.json_file import read_json
 
 MANIFEST = "litfreeze.json"
 FORMAT = 1
+WHOLE, TRAINED = "whole", "trained"  # what a directory of ours holds
+STEMS = {WHOLE: "litfreeze", TRAINED: "trained"}  # the names of its weights' file
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

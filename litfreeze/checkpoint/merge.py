@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.directory import Checkpoint, identity
 from litfreeze.checkpoint.write import stored_as, write_checkpoint
 from litfreeze.errors import UsageError
 from litfreeze.lora import MAGNITUDE, A, B, folded, model_parameters
@@ -175,6 +175,7 @@ def write_merged(out_dir: Path, merged: Checkpoint) -> Rounding:
     manifest = {
         "kind": "merged",
         "merged": [{"path": str(part.path.resolve()), "weights_hash": part.weights_hash} for part in parts],
+        "base": identity(parts[0].whole, Path(out_dir)),
         "prompt": merged.prompt,
         "history": merged.history,
     }

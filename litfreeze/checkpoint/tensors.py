@@ -156,12 +156,8 @@ class TensorDirectory(Mapping):
         raise UsageError(f"{self.path} has no weights: looked for {', '.join(stems)} and their .index.json.")
 
     def _indexed(self, index: Path) -> Iterator[TensorFile]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UsageError(f"{index} is no index of tensor files: its weight_map must give each tensor a file.")
+        weight_map = read_index(index)
         for name in sorted(set(weight_map.values())):
-            if Path(name).name != name:
-                raise UsageError(f"{index} points outside its directory: {name!r}.")
             file = TensorFile(self.path / name)
             if absent := [t for t, f in weight_map.items() if f == name and t not in file.layout]:
                 raise UsageError(f"{file.path} lacks {absent[0]}, which {index.name} says it holds.")
@@ -181,6 +177,17 @@ class TensorDirectory(Mapping):
 
     def layout(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         return self.files[name].layout[name]
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index of several says. Raises UsageError if it is none, or names a file outside
+    of its directory."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UsageError(f"{index} is no index of tensor files: its weight_map must give each tensor a file.")
+    if outside := [name for name in weight_map.values() if Path(name).name != name]:
+        raise UsageError(f"{index} points outside its directory: {outside[0]!r}.")
+    return weight_map
 
 
 def write_tensors(

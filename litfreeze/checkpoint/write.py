@@ -14,8 +14,9 @@ from litfreeze import __version__
 from litfreeze.checkpoint.convert.hf import as_hf
 from litfreeze.checkpoint.convert.peft import as_peft
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
-from litfreeze.checkpoint.directory import STEMS, TRAINED, WHOLE, Checkpoint, identity, weights_hash
-from litfreeze.checkpoint.manifest import FORMAT, MANIFEST
+from litfreeze.checkpoint.directory import Checkpoint, identity, weights_hash
+from litfreeze.checkpoint.hub import is_hub_name, origin
+from litfreeze.checkpoint.manifest import FORMAT, MANIFEST, STEMS, TRAINED, WHOLE
 from litfreeze.checkpoint.tensors import Layout, hash_file, whole_directory, write_tensors, write_text
 from litfreeze.errors import UsageError
 from litfreeze.tokenizer import TOKENIZER_FILES
@@ -66,13 +67,13 @@ def _write_manifest(
         **known,
         "weights_hash": weights_hash,
         "tensors": hashes,
-        "files": {file.name: _record(file) for file in sorted(directory.iterdir())},
+        "files": {file.name: record_of(file) for file in sorted(directory.iterdir())},
     }
     write_text(directory / MANIFEST, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     return whole
 
 
-def _record(file: Path) -> dict[str, Any]:
+def record_of(file: Path) -> dict[str, Any]:
     """Its size and, unless its tensors have hashes of their own, its sha256."""
     size = {"bytes": file.stat().st_size}
     return size if file.suffix == ".safetensors" else {**size, "sha256": hash_file(file)}
@@ -114,8 +115,9 @@ def write_peft(out_dir: Path, checkpoint: Checkpoint, base_name: Optional[str] =
     settings, layout, read = as_peft(
         checkpoint.config, model_type, checkpoint.lora, replaced, checkpoint.layout(), checkpoint.read
     )
-    source = (base.manifest or {}).get("source", str(base.path.resolve()))
-    settings = {"base_model_name_or_path": base_name or source, **settings}
+    named = base_name or origin(base.path) or (base.manifest or {}).get("source", str(base.path.resolve()))
+    name, _, revision = named.partition("@") if is_hub_name(named) else (named, "", "")
+    settings = {"base_model_name_or_path": name, **({"revision": revision} if revision else {}), **settings}
     with whole_directory(Path(out_dir)) as aside:
         write_tensors(aside, "adapter_model", layout, read, max_shard_bytes=sys.maxsize)  # PEFT reads one file
         write_text(aside / PEFT_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

@@ -4,7 +4,7 @@ A batch is a packed stream without pads, in which what several samples begin wit
 rows padded to the longest."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from litfreeze.attention import Attention, Dense, Packed, Span
 from litfreeze.data.samples import IGNORE, Sample
 
+AT_ONCE = 4096  # tokens in one forward pass where nothing trains
 SHARED = 8  # tokens that are at least shared: fewer are not worth a span of their own
 
 
@@ -93,6 +94,19 @@ def _of_rank(chosen: Sequence[int], micro_batch_size: int, rank: int, world_size
     most = -(-len(chosen) // world_size)  # of one rank
     mine = chosen[rank::world_size]
     return [list(mine[start : start + micro_batch_size]) for start in range(0, most, micro_batch_size)]
+
+
+def groups_of(lengths: Sequence[int], order: Iterable[int], most: int = AT_ONCE) -> list[list[int]]:
+    """Indices into `lengths`, in `order`, in groups of at most `most` tokens together, or of one."""
+    groups: list[list[int]] = []
+    room = 0
+    for i in order:
+        if not groups or lengths[i] > room:
+            groups.append([])
+            room = most
+        groups[-1].append(i)
+        room -= lengths[i]
+    return groups
 
 
 def build_batch(samples: Sequence[Sample], indices: list[int], packed: bool = True, share: bool = True) -> Batch:

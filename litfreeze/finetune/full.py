@@ -45,7 +45,7 @@ def setup(
     """Fine-tune a model's own weights: the layers you name, or all of them.
 
     Args:
-        checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
+        checkpoint_dir: A litfreeze or Hugging Face directory, or ORG/NAME on the Hub; else the embedded demo model.
         out_dir: Where the run is written; by default a new folder `out/finetune/full`.
         base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
         resume: Go on with an interrupted run: its folder, or the newest one if none is named. It keeps its options.

@@ -11,6 +11,7 @@ from typing import Any, Optional, SupportsIndex, Union
 import yaml
 
 from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint
+from litfreeze.checkpoint.hub import pinned, seen_from
 from litfreeze.checkpoint.resume import newest_point, points
 from litfreeze.choose.rank import Ranking, rank
 from litfreeze.choose.sample import draw_batches
@@ -39,6 +40,8 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
     given = SimpleNamespace(**{name: _plain(value) for name, value in options.items()})
     if not 0 <= given.seed < 2**32:
         raise UsageError(f"--seed {given.seed} must be from 0 to {2**32 - 1}.")
+    for name in ("checkpoint_dir", "base_dir"):
+        setattr(given, name, pinned(getattr(given, name)))
     if not given.resume:
         return but(given, anew=False)
     if str(given.resume) == "auto" and given.out_dir is not None:
@@ -53,7 +56,7 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
     own = arguments(f"finetune {method}", script, facts["recipe"])
     folder = Path(facts.get("folder", "."))  # relative paths were meant from there
     for name in ("checkpoint_dir", "base_dir"):
-        own[name] = own[name] and folder / own[name]
+        own[name] = own[name] and seen_from(folder, own[name])
     own["frozen"].cache_dir = own["frozen"].cache_dir and folder / own["frozen"].cache_dir
     for name in ("path", "val_path"):
         setattr(own["data"], name, getattr(own["data"], name) and folder / getattr(own["data"], name))

@@ -23,7 +23,7 @@ def for_task(options: SimpleNamespace, checkpoint: Checkpoint) -> tuple[SimpleNa
 
     Raises UsageError for options that belong to the other task, and for what `fitted` refuses."""
     if options.task == "classification":
-        _refuse(options.eval, EvalArgs(), ("max_new_tokens",), "eval", "language")
+        refuse(options.eval, EvalArgs(), ("max_new_tokens",), "eval", "language")
         if options.untie_embeddings:
             raise UsageError("--untie_embeddings: a classifier's head is its own anyway. Leave it out.")
     as_it_was = bool(checkpoint.config.labels)
@@ -46,14 +46,14 @@ def fitted(checkpoint: Checkpoint, task: str, data: DataArgs, seed: int) -> tupl
     one whose classes are not those of the data."""
     labels = checkpoint.config.labels
     if task == "language":
-        _refuse(data, DataArgs(), KEYS, "data", "classification")
+        refuse(data, DataArgs(), KEYS, "data", "classification")
         if labels:
             raise UsageError(
                 f"{checkpoint.path} is a classifier of {len(labels)} classes. Say --task classification to go on with "
                 "it; a language model needs the head that it no longer has."
             )
         return checkpoint, []
-    _refuse(data, DataArgs(), LANGUAGE, "data", "language")
+    refuse(data, DataArgs(), LANGUAGE, "data", "language")
     found = labels_of(data)
     if not labels:
         return as_classifier(checkpoint, found, seed), [f"As a classifier: a new head for {len(found)} classes."]
@@ -73,7 +73,7 @@ def fitted(checkpoint: Checkpoint, task: str, data: DataArgs, seed: int) -> tupl
     return checkpoint, [f"Goes on as a classifier of its {len(labels)} classes."]
 
 
-def _refuse(given: object, defaults: object, names: tuple[str, ...], group: str, task: str) -> None:
+def refuse(given: object, defaults: object, names: tuple[str, ...], group: str, task: str) -> None:
     """Options that only `task` has must be as they are by default."""
     for name in names:
         if (value := getattr(given, name)) != getattr(defaults, name):

@@ -29,7 +29,7 @@ def setup(
 
     Args:
         prompt: What to answer.
-        checkpoint_dir: A litfreeze, Hugging Face or PEFT directory; without it, the embedded demo model.
+        checkpoint_dir: A litfreeze, Hugging Face or PEFT directory, or ORG/NAME on the Hub; else the embedded model.
         base_dir: The base of an adapter or of a delta, where it is not where it was.
         max_new_tokens: Stop after this many tokens.
         temperature: 0 takes the likeliest token; higher is more varied.

@@ -6,11 +6,9 @@ import torch
 from lightning_fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
-from litfreeze.data.batches import build_batch
+from litfreeze.data.batches import build_batch, groups_of
 from litfreeze.data.classes import as_sample
 from litfreeze.model import GPT
-
-AT_ONCE = 4096  # tokens in one forward pass
 
 
 @torch.no_grad()
@@ -19,25 +17,13 @@ def probabilities(model: GPT, texts: Sequence[Sequence[int]]) -> Tensor:
     Texts of like length run together, and only the last token of each through the last block."""
     samples = [as_sample(tokens, 0, "") for tokens in texts]
     found = torch.empty(len(texts), len(model.config.labels), dtype=torch.float32)  # whatever the default dtype is
-    for some in _groups([len(tokens) for tokens in texts]):
+    lengths = [len(tokens) for tokens in texts]
+    for some in groups_of(lengths, sorted(range(len(texts)), key=lambda i: -lengths[i])):
         batch = move_data_to_device(build_batch(samples, some), model.final_norm.weight.device)
         x = model.embed_tokens(batch.tokens, batch.positions)  # (N, C)
         x = model.run_blocks(x, batch.positions, batch.attention, rows=batch.rows)  # (M, C), a row for each text
         found[torch.tensor(some)[batch.records.cpu()]] = model.logits(x).float().softmax(-1).cpu()
     return found
-
-
-def _groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices by length, in groups of at most `AT_ONCE` tokens, or of one text."""
-    groups: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or lengths[i] > room:
-            groups.append([])
-            room = AT_ONCE
-        groups[-1].append(i)
-        room -= lengths[i]
-    return groups
 
 
 def likeliest(shares: Tensor, labels: Sequence[str], count: int) -> list[tuple[str, float]]:

@@ -12,6 +12,7 @@ def from_hf(checkpoint_dir: Path, out_dir: Path) -> Path:
         out_dir: The litfreeze directory to write.
     """
     from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.hub import origin
     from litfreeze.checkpoint.write import write_checkpoint
     from litfreeze.errors import UsageError
 
@@ -22,7 +23,7 @@ def from_hf(checkpoint_dir: Path, out_dir: Path) -> Path:
         raise UsageError(f"{checkpoint_dir} is an adapter: litfreeze convert from_peft takes it.")
     source.tokenizer()  # an absent or broken tokenizer is told before anything is written
     layout = source.layout()
-    base = {"kind": "base", "source": str(Path(checkpoint_dir).resolve())}
+    base = {"kind": "base", "source": origin(source.path) or str(source.path.resolve())}
     write_checkpoint(Path(out_dir), source.hf_config, layout, source.read, base, source.path)
     print(f"{out_dir}: {len(layout)} tensors from {checkpoint_dir}.")
     task = "--task classification " if source.config.labels else ""
@@ -60,6 +61,7 @@ def from_peft(checkpoint_dir: Path, out_dir: Path, base_dir: Optional[Path] = No
         base_dir: The model that it adapts, where adapter_config.json does not name a directory here.
     """
     from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.hub import origin
     from litfreeze.checkpoint.write import write_over_base
     from litfreeze.errors import UsageError
 
@@ -67,7 +69,7 @@ def from_peft(checkpoint_dir: Path, out_dir: Path, base_dir: Optional[Path] = No
     if source.manifest is not None or source.lora is None:
         raise UsageError(f"{checkpoint_dir} is no PEFT adapter: it has a litfreeze.json, or no adapter_config.json.")
     source.tokenizer()  # an absent or broken tokenizer is told before anything is written
-    known = {"kind": "lora", "source": str(Path(checkpoint_dir).resolve())}
+    known = {"kind": "lora", "source": origin(source.path) or str(source.path.resolve())}
     write_over_base(Path(out_dir), source, source.tensors, source.dtype, source.read, known)
     print(f"{out_dir}: {source.lora.describe()} on {len(source.lora.ranks)} layers of {source.base.path}.")
     if source.replaced:

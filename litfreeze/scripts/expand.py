@@ -19,7 +19,7 @@ def setup(
     exactly these.
 
     Args:
-        checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
+        checkpoint_dir: A litfreeze or Hugging Face directory, or ORG/NAME on the Hub; else the embedded demo model.
         out_dir: The checkpoint to write.
         base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
         new_blocks: How many, evenly over the depth, which they must divide: one behind each group of blocks.

@@ -31,7 +31,7 @@ def setup(
     """Print which parameters a choice of layers trains, the memory it needs and what it saves. Nothing is trained.
 
     Args:
-        checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
+        checkpoint_dir: A litfreeze or Hugging Face directory, or ORG/NAME on the Hub; else the embedded demo model.
         trainable_layers: Blocks to train: 10,11  0-3,8  -2:  last:8  first:4  every:4  20%-80%  new  all  none;
             rank:spectrum:4 for the best 4 of litfreeze rank. By default the whole model trains.
         trainable_modules: Inside those blocks only: attn, mlp, norm, q_proj, ...; a glob; or re:... on full names.

@@ -28,7 +28,7 @@ def setup(
     `--trainable_layers rank:spectrum:4` in finetune trains the best four at once.
 
     Args:
-        checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
+        checkpoint_dir: A litfreeze or Hugging Face directory, or ORG/NAME on the Hub; else the embedded demo model.
         base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
         method: spectrum: the signal-to-noise ratio of the weights (Spectrum). gradient: the loss's gradient on your
             data, relative to the weights. angular: how far a block turns the residual stream (ShortGPT). random: by

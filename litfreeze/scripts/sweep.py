@@ -33,7 +33,7 @@ def setup(
     Args:
         candidates: Layers in the words of --trainable_layers, one after another: "-2:" "last:4" rank:gradient:4. After
             lora: they get an adapter: lora:all.
-        checkpoint_dir: A litfreeze or Hugging Face directory; without it, the embedded demo model.
+        checkpoint_dir: A litfreeze or Hugging Face directory, or ORG/NAME on the Hub; else the embedded demo model.
         out_dir: Where the runs, sweep.json and sweep.png are written.
         task: As in finetune.
         data: The records to learn from; a part of them, or --data.val_path, is for validation.

@@ -9,15 +9,17 @@ def setup(path: Path) -> list:
     The exit code is 1 if something is damaged.
 
     Args:
-        path: A litfreeze, Hugging Face or PEFT directory, or the folder of a run.
+        path: A litfreeze, Hugging Face or PEFT directory, or the folder of a run; or ORG/NAME on the Hub.
     """
+    from litfreeze.checkpoint.hub import located
     from litfreeze.checkpoint.verify import verify
     from litfreeze.errors import RunError, UsageError
 
-    if not Path(path).is_dir():
+    folder = located(path)
+    if not folder.is_dir():
         raise UsageError(f"{path} is no directory here.")
     verdicts = []
-    for verdict in verify(Path(path)):
+    for verdict in verify(folder):
         verdicts.append(verdict)
         told = "damaged" if verdict.fault else "whole"
         print(f"{told:9} {verdict.path}: {verdict.fault or verdict.what}", flush=True)

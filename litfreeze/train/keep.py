@@ -187,6 +187,11 @@ class Keeper:
                 "step": outcome.step,
                 "epochs": round(outcome.step / self.schedule.steps_per_epoch, 3),
                 "tokens": outcome.tokens,
+                "data": {
+                    "name": job.data.path.resolve().name,
+                    "train_samples": len(self.samples.train),
+                    "val_samples": len(self.samples.val),
+                },
                 "precision": job.precision.name,
                 "before": outcome.before and asdict(replace(outcome.before, confusion=None)),
                 "after": outcome.after and asdict(replace(outcome.after, confusion=None)),

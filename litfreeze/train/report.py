@@ -12,6 +12,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.tensors import write_text
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.confusion import table
@@ -189,7 +190,8 @@ class Report:
         return f"litfreeze convert to_hf --checkpoint_dir {final} --out_dir {shlex.quote(str(out_dir / 'hf'))}"
 
     def _name(self) -> str:
-        return "the embedded demo model" if self.job.checkpoint.path == MODEL_DIR else str(self.job.checkpoint.path)
+        path = self.job.checkpoint.path
+        return "the embedded demo model" if path == MODEL_DIR else origin(path) or str(path)
 
     @staticmethod
     def _beside(monitor: Monitor, outcome: Outcome) -> list[str]:

@@ -65,7 +65,7 @@ def test_a_directory_says_what_it_is(checkpoint_dir):
 UP = "blocks.1.mlp.up_proj.weight"
 
 REFUSALS = {
-    "no directory": (shutil.rmtree, ["is no directory", "is downloaded"]),
+    "no directory": (shutil.rmtree, ["is no directory", "ORG/NAME"]),
     "a file": (lambda path: (shutil.rmtree(path), path.touch()), ["is no directory"]),
     "no config": (lambda path: (path / "config.json").unlink(), ["has no config.json"]),
     "broken config": (lambda path: (path / "config.json").write_text("{", "utf-8"), ["config.json", "as JSON"]),

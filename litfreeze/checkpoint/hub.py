@@ -1,0 +1,317 @@
+"""Models on the Hugging Face Hub, by name: ORG/NAME, or ORG/NAME@REVISION.
+
+    a name ─ in the cache, or downloaded into it ─ a directory that opens as any other
+
+The cache is the one of transformers and its like (HF_HOME), and huggingface_hub does what goes over the network: it
+takes a connection up again that breaks, and what came whole is not fetched twice. A model that is in the cache is taken
+as it is there, without asking the Hub; `litfreeze download` asks it for a newer one. Tokens go from the option or the
+environment to huggingface_hub, and nowhere else."""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Optional
+
+from filelock import FileLock
+
+from litfreeze.checkpoint.convert.hf import HF_WEIGHTS
+from litfreeze.checkpoint.convert.peft import PEFT_WEIGHTS
+from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
+from litfreeze.checkpoint.manifest import MANIFEST, STEMS
+from litfreeze.checkpoint.tensors import fsync, read_index
+from litfreeze.config import Config
+from litfreeze.errors import LitfreezeError, RunError, UsageError
+from litfreeze.sizes import megabytes
+from litfreeze.tokenizer import TOKENIZER_FILES
+
+MISSING = "Models on the Hugging Face Hub need huggingface_hub. Install it: pip install 'litfreeze[hub]'."
+NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.-][\w./-]*))?", re.ASCII)
+SNAPSHOT = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
+HINT = "log in (hf auth login), set HF_TOKEN or give --token"
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def is_hub_name(word: Path | str) -> bool:
+    """Whether `word` has the form ORG/NAME or ORG/NAME@REVISION. A relative path may have it too."""
+    return NAME.fullmatch(str(word)) is not None
+
+
+def origin(path: Path) -> Optional[str]:
+    """ORG/NAME@COMMIT of a directory in the Hub's cache; None of any other."""
+    found = SNAPSHOT.fullmatch(path.resolve().as_posix())
+    return found and f"{found[1]}/{found[2]}@{found[3]}"
+
+
+def located(path: Path | str) -> Path:
+    """The directory that `path` names: itself or, where it is no directory here but has the form of a name on the Hub,
+    that model's in the cache, downloaded if need be. Any other path as it is.
+
+    Processes that ask for the same model wait for the first one, which downloads it. Raises UsageError if there is no
+    such model to be had, RunError if the network fails."""
+    if _is_dir(path) or not is_hub_name(path) or Path(path).exists():
+        return Path(path)
+    try:
+        if (found := _in_cache(str(path))) is not None:
+            return found
+        lock = Path(_hub().constants.HF_HUB_CACHE, ".locks", f"litfreeze--{str(path).replace('/', '--')}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            return _in_cache(str(path)) or download(str(path))
+    except LitfreezeError as error:
+        raise type(error)(f"{path} is no directory here. {error}") from None
+
+
+def pinned(path: Optional[Path]) -> Optional[Path]:
+    """`path` or, of a model on the Hub, its name with the commit that is in the cache: it means the same later on, and
+    on another machine. Raises what `located` raises."""
+    found = path and located(path)
+    return path if path is None or found == Path(path) else Path(origin(found))
+
+
+def seen_from(folder: Path, path: Path) -> Path:
+    """What a relative `path` meant in `folder`. A model on the Hub has the same name everywhere."""
+    return path if is_hub_name(path) and not _is_dir(folder / path) else folder / path
+
+
+def _is_dir(path: Path | str) -> bool:
+    with suppress(OSError):  # a name that is too long, say
+        return Path(path).is_dir()
+    return False
+
+
+def _hub() -> ModuleType:
+    """huggingface_hub. Raises UsageError if it is not installed."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UsageError(MISSING) from None
+    return huggingface_hub
+
+
+# --- which files -----------------------------------------------------------------------------------------------------
+
+
+def _described_by(names: Collection[str]) -> list[str]:
+    """Those of the files `names` that say what a checkpoint is: small ones."""
+    return [name for name in ("config.json", MANIFEST, PEFT_CONFIG, *TOKENIZER_FILES) if name in names]
+
+
+def _stem(names: Collection[str]) -> Optional[str]:
+    """The file among `names` that a checkpoint's weights stand in, or the index of several: the one that
+    `open_checkpoint` reads. None if there is none."""
+    stems = HF_WEIGHTS
+    if MANIFEST in names:
+        stems = [f"{stem}.safetensors" for stem in STEMS.values()]
+    elif PEFT_CONFIG in names:
+        stems = PEFT_WEIGHTS
+    found = (file for stem in stems for file in (stem, f"{stem}.index.json") if file in names)
+    return next(found, None)
+
+
+def _weights(folder: Path, stem: str) -> list[str]:
+    """The files of tensors behind `stem`, which is in `folder` if it is an index."""
+    return sorted(set(read_index(folder / stem).values())) if stem.endswith(".json") else [stem]
+
+
+def needed_files(folder: Path) -> list[str]:
+    """The names of the files in `folder` that make it a checkpoint, and of those that its index of weights lists.
+    Weights are none of them if there are none."""
+    names = {file.name for file in folder.iterdir() if file.exists()}  # in the cache they may be broken links
+    stem = _stem(names)
+    return list(dict.fromkeys([*_described_by(names), *([] if stem is None else [stem, *_weights(folder, stem)])]))
+
+
+def _in_cache(name: str) -> Optional[Path]:
+    """The directory of the model `name` in the cache, if all that a checkpoint needs is there."""
+    repo, revision = NAME.fullmatch(name).groups()
+    for file in ("config.json", PEFT_CONFIG):
+        found = _hub().try_to_load_from_cache(repo, file, revision=revision)
+        if isinstance(found, str) and _is_complete(Path(found).parent):
+            return Path(found).parent
+    return None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Weights come last in a download of ours. Other tools may have fetched them and no tokenizer."""
+    needed = needed_files(folder)
+    reads = PEFT_CONFIG in needed or {"tokenizer.json", "tokenizer.model"} & set(needed)
+    has_weights = any(name.endswith((".safetensors", ".bin")) for name in needed)
+    return bool(reads) and has_weights and all((folder / name).exists() for name in needed)
+
+
+# --- over the network ------------------------------------------------------------------------------------------------
+
+
+def download(name: str, out_dir: Optional[Path] = None) -> Path:
+    """Downloads what a checkpoint needs of the model `name` into the cache or, whole or not at all, as the directory
+    `out_dir`, and returns where it is. What is there already is not fetched again.
+
+    Raises UsageError if there is no such model, its `config.json` asks for one that litfreeze does not know, the disk
+    has no room or `out_dir` holds something; RunError if the network fails."""
+    if not is_hub_name(name):
+        raise UsageError(f"{name!r} is no name on the Hugging Face Hub. Write ORG/NAME, or ORG/NAME@REVISION.")
+    if out_dir is not None and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UsageError(f"--out_dir {out_dir} is not empty. Choose another, or move it away.")
+    hub = _hub()
+    repo, revision = NAME.fullmatch(name).groups()
+    with talking(name):
+        listed = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in listed.siblings}
+    needed = _described_by(sizes)
+    stem = _stem(sizes)
+    if stem is None or not {"config.json", PEFT_CONFIG} & set(needed):
+        others = ", ".join(sorted(sizes)[:6])
+        raise UsageError(f"{name} holds no checkpoint that litfreeze reads; its files are {others or 'none'}.")
+    needed += [stem] if stem.endswith(".json") else []
+    # What came is kept there if a download is cut, and taken up by the next one of the same commit
+    aside = out_dir and out_dir.resolve().with_name(f".{out_dir.resolve().name}.{listed.sha[:12]}")
+
+    def fetch(files: Sequence[str], bars: bool) -> Path:
+        with talking(name, bars):
+            return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=files, local_dir=aside))
+
+    folder = fetch(needed, bars=False)
+    if PEFT_CONFIG not in needed or MANIFEST in needed:
+        Config.from_file(folder / "config.json")  # a model that litfreeze does not know is told before gigabytes come
+    needed += [file for file in _weights(folder, stem) if file not in needed]
+    if absent := [file for file in needed if file not in sizes]:
+        raise UsageError(f"{name} lacks {absent[0]}, which its {stem} names.")
+    missing = [file for file in needed if not (folder / file).exists()]
+    place = f"the Hub's cache, {hub.constants.HF_HUB_CACHE}" if out_dir is None else str(out_dir)
+    if missing:
+        size = sum(sizes[file] for file in missing)
+        _check_room(folder, size, name)
+        what = f"{missing[0] if len(missing) == 1 else f'{len(missing)} files'}, {megabytes(size)}"
+        print(f"Download  {name} ({listed.sha[:7]}): {what}, into {place}", file=sys.stderr)
+    folder = fetch(needed, bars=True)
+    if aside is None:
+        return folder
+    shutil.rmtree(aside / ".cache", ignore_errors=True)  # what huggingface_hub notes of each file
+    aside.rename(out_dir.resolve())
+    fsync(out_dir.resolve().parent)
+    return out_dir
+
+
+def make_repository(repo: str, private: bool, revision: Optional[str]) -> None:
+    """Makes the repository `repo`, if it is not there, and its branch `revision`. Raises UsageError without a token
+    that may write, and if it is there and not private, as it was to be."""
+    if _hub().get_token() is None:
+        raise UsageError(f"Uploading needs a token that may write to {repo}: {HINT}.")
+    hub = _hub().HfApi()
+    with talking(repo):
+        hub.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not hub.model_info(repo).private:
+            raise UsageError(f"{repo} is there already and public. Choose another name, or leave --private out.")
+        if revision is not None:
+            hub.create_branch(repo, branch=revision, exist_ok=True)
+
+
+def upload(repo: str, folder: Path, revision: Optional[str], message: str) -> str:
+    """Uploads the files of `folder` and returns the address. Raises UsageError if the repository holds weights that
+    would stand beside them."""
+    hub = _hub().HfApi()
+    own = {file.name for file in folder.iterdir()}
+    with talking(repo, bars=True):
+        there = [file.rfilename for file in hub.model_info(repo, revision=revision).siblings]
+        others = [name for name in there if name not in own and name.endswith((".safetensors", ".bin"))]
+        if others:
+            raise UsageError(
+                f"{repo} holds {others[0]}, which would stand beside what is uploaded. Choose another name."
+            )
+        hub.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message=message)
+    return f"{hub.endpoint}/{repo}{f'/tree/{revision}' if revision else ''}"
+
+
+def _check_room(folder: Path, size: int, name: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UsageError(
+            f"{name} needs {megabytes(size)} more, and {megabytes(free)} are free in {folder}. Make room, or choose "
+            "another disk with HF_HOME or litfreeze download --out_dir."
+        )
+
+
+@contextmanager
+def with_token(token: Optional[str]) -> Iterator[None]:
+    """While it is entered huggingface_hub goes by `token`, if there is one: it looks into the environment first."""
+    before = os.environ.get("HF_TOKEN")
+    os.environ |= {} if token is None else {"HF_TOKEN": token}
+    try:
+        yield
+    finally:
+        if token is not None:
+            os.environ.pop("HF_TOKEN")
+            os.environ |= {} if before is None else {"HF_TOKEN": before}
+
+
+@contextmanager
+def talking(name: str, bars: bool = False) -> Iterator[None]:
+    """While it is entered huggingface_hub may be asked about the model `name`: its bars are shown on a terminal alone,
+    and its errors become one or two lines of ours."""
+    hub = _hub()
+    import httpx2
+    from huggingface_hub.utils import are_progress_bars_disabled, logging
+
+    quiet = not are_progress_bars_disabled() and not (bars and sys.stderr.isatty())
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it tells every attempt
+    if quiet:
+        hub.utils.disable_progress_bars()
+    try:
+        yield
+    except LitfreezeError:
+        raise
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, hub.errors.HFValidationError) as error:
+        raise _told(error, name) from None
+    finally:
+        logging.set_verbosity(level)
+        if quiet:
+            hub.utils.enable_progress_bars()
+
+
+def _told(error: Exception, name: str) -> LitfreezeError:
+    """What a person can do about an `error` of huggingface_hub's or of what lies under it."""
+    import httpx2
+
+    errors, constants = _hub().errors, _hub().constants
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # it looked into its cache because of that
+    repo, revision = NAME.fullmatch(name).groups()
+    place, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    offline = f"Offline, name a local directory, or a cache that holds {repo} with HF_HOME; {cache} does not."
+    if _in_cache(name) is not None:
+        offline = f"{cache} has it already: --checkpoint_dir {name}."
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return UsageError(f"HF_HUB_OFFLINE is set, so {repo} cannot be asked for at {place}. {offline}")
+    if isinstance(error, errors.GatedRepoError):
+        return UsageError(f"{repo} is gated: ask for access at {place}/{repo}, then {HINT}.")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UsageError(f"{place}/{repo} has no revision {revision or 'main'!r}; {place}/{repo}/refs lists them.")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UsageError(f"{place} has no model {repo}, or a private one. For that, {HINT}.")
+    if isinstance(error, errors.HFValidationError):
+        return UsageError(f"{repo!r} is no name on the Hub: {_reason(error)}")
+    if status in (401, 403):
+        return UsageError(f"{place} refuses the token for {repo} ({status}). Give one that is good for it: {HINT}.")
+    if isinstance(error, (httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError, httpx2.InvalidURL)):
+        return RunError(
+            f"{place} cannot be reached ({_reason(error)}): there is no network, or HF_ENDPOINT is wrong.\n{offline}"
+        )
+    if status is not None:
+        return RunError(f"{place} answered {status} for {repo}. Try again later.")
+    return RunError(
+        f"The transfer of {repo} was cut ({_reason(error)}).\nFiles that are whole are kept; the same command goes on "
+        "with the others."
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__

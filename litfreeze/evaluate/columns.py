@@ -1,0 +1,78 @@
+"""What stands side by side: the checkpoints that were named, and before them the bases they began from."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Union
+
+from litfreeze.checkpoint.directory import Checkpoint, open_beneath, open_checkpoint
+from litfreeze.checkpoint.hub import origin
+from litfreeze.demo import MODEL_DIR
+from litfreeze.errors import LitfreezeError, UsageError
+
+
+@dataclass(frozen=True)
+class Column:
+    """A checkpoint under its `name`; `asked_as` is the one whose prompt style its records are put in."""
+
+    name: str
+    checkpoint: Checkpoint
+    asked_as: Checkpoint
+
+
+def columns_of(
+    checkpoint_dir: Union[str, list[str], None], base_dir: Optional[Path], with_base: bool
+) -> tuple[list[Column], list[str]]:
+    """The columns of the table, and what the person is told about them. Raises UsageError for what is no checkpoint,
+    and where classifiers and language models are named together."""
+    paths = _several(checkpoint_dir)
+    opened = [(path, open_checkpoint(path, base_dir)) for path in paths]
+    if len({bool(checkpoint.config.labels) for _, checkpoint in opened}) > 1:
+        raise UsageError("--checkpoint_dir names classifiers and language models: no figure is common to them.")
+    columns = [Column(_name(path), checkpoint, checkpoint) for path, checkpoint in opened]
+    notes: list[str] = []
+    bases: list[Column] = []
+    for column in columns if with_base else []:
+        base, note = _base_of(column.checkpoint)
+        notes += [f"Note      {column.name}: {note}"] if note else []
+        known = {each.checkpoint.path.resolve() for each in columns + bases}
+        if base is not None and base.path.resolve() not in known:
+            bases.append(Column(f"base ({_name(str(base.path))})", base, column.checkpoint))
+    return bases + columns, notes
+
+
+def _base_of(checkpoint: Checkpoint) -> tuple[Optional[Checkpoint], str]:
+    """What it was trained from, and why there is nothing to compare with if so."""
+    manifest, base = checkpoint.manifest or {}, checkpoint.base
+    if base is None and "base" not in manifest:
+        return None, ""
+    try:
+        base = base or open_beneath(checkpoint.path, manifest, None, False)
+    except LitfreezeError as error:
+        return None, f"its base is left out. {error}"
+    if checkpoint.config.labels and not base.config.labels:
+        return None, "its base is a language model, which knows no classes, and is left out."
+    return base, ""
+
+
+def _several(checkpoint_dir: Union[str, list[str], None]) -> list[str]:
+    """'a,b' and ['a', 'b'] are two; a directory whose own name has a comma is one."""
+    if checkpoint_dir is None:
+        return [str(MODEL_DIR)]
+    if isinstance(checkpoint_dir, (list, tuple)):
+        paths = [str(path) for path in checkpoint_dir]
+    else:
+        text = str(checkpoint_dir)
+        paths = [part.strip() for part in text.split(",")]
+        with suppress(OSError):  # of a name that is too long
+            paths = [text] if Path(text).is_dir() else paths
+    if not paths or "" in paths:
+        raise UsageError("--checkpoint_dir has an empty part.")
+    return [str(Path(path).expanduser()) for path in paths]
+
+
+def _name(path: str) -> str:
+    """As it was named; of a model in the Hub's cache its name there, and the embedded model by that."""
+    if Path(path) == MODEL_DIR:
+        return "demo"
+    return (origin(Path(path)) or path).partition("@")[0]

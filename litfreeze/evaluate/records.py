@@ -1,0 +1,45 @@
+"""The scores of a model on the person's own records: those that a run tells of its validation records."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lightning_fabric import Fabric
+
+from litfreeze.data.args import DataArgs
+from litfreeze.data.prompt import Prompt
+from litfreeze.data.samples import Sample
+from litfreeze.errors import UsageError
+from litfreeze.evaluate.columns import Column
+from litfreeze.finetune.task import KEYS, LANGUAGE, refuse
+from litfreeze.model import GPT
+from litfreeze.train.feed import Feed
+from litfreeze.train.loop import validate
+from litfreeze.train.loss import NextToken
+from litfreeze.train.outcome import Scores
+from litfreeze.train.prepare import read_samples
+
+
+def read_all(columns: Sequence[Column], data: DataArgs, limit: int | None) -> tuple[list[list[Sample]], str]:
+    """The samples that each of `columns` is asked, and what a person is told of them. Raises UsageError for options
+    that are about splitting records, or belong to the other task."""
+    is_classifier = bool(columns[0].checkpoint.config.labels)
+    refuse(
+        data, DataArgs(), LANGUAGE if is_classifier else KEYS, "data", "language" if is_classifier else "classification"
+    )
+    for name in ("val_path", "val_split_fraction", "seed"):
+        if getattr(data, name) != getattr(DataArgs(), name):
+            raise UsageError(f"--data.{name}: evaluate looks at all records of --data. Leave it out.")
+    everything = replace(data, val_split_fraction=0)
+    found, told = [], ""
+    for column in columns:
+        tokenizer = column.checkpoint.tokenizer()
+        prompt = Prompt.choose(data.prompt_style, column.asked_as.prompt, tokenizer, data.prompt_args)
+        samples = read_samples(column.checkpoint, everything, tokenizer, prompt)
+        found.append(samples.train[:limit])
+        told = f"Data      {data.path}: {samples.counts.describe()}, {len(found[-1]):,} of them measured"
+    return found, told
+
+
+def score(fabric: Fabric, model: GPT, samples: list[Sample], data: DataArgs, micro_batch_size: int) -> Scores:
+    """The scores of `model` on `samples`."""
+    return validate(fabric, NextToken(model), Feed(fabric, samples, data, share=True), micro_batch_size)
