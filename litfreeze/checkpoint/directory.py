@@ -27,7 +27,7 @@ from litfreeze.checkpoint.hub import is_hub_name, located, origin
 from litfreeze.checkpoint.manifest import MANIFEST, STEMS, TRAINED, WHOLE, read_manifest
 from litfreeze.checkpoint.tensors import Layout, TensorDirectory, same_bits, sha256
 from litfreeze.config import Config
-from litfreeze.errors import UsageError
+from litfreeze.errors import LitfreezeError, UsageError
 from litfreeze.json_file import read_json
 from litfreeze.lora import LoRA, add_lora, is_lora, linear_layers, model_parameters
 from litfreeze.model import GPT
@@ -318,7 +318,11 @@ def _open_peft(path: Path, base_dir: Optional[Path | str]) -> Checkpoint:
     place = Path(base_dir) if base_dir is not None else Path(named) if isinstance(named, str) and named else None
     if place is not None and not _has_config(place):
         revision = settings.get("revision")
-        place = located(f"{place}@{revision}" if base_dir is None and isinstance(revision, str) else place)
+        word = f"{place}@{revision}" if base_dir is None and isinstance(revision, str) else place
+        try:
+            place = located(word)
+        except LitfreezeError as error:
+            raise type(error)(f"{path} is an adapter; its base {error} --base_dir names another place.") from None
     if place is None or not _has_config(place):
         what = f"--base_dir {base_dir}" if base_dir is not None else f"its base, {named!r},"
         raise UsageError(f"{path} is an adapter, and {what} is no directory here. Name the base with --base_dir.")

@@ -285,12 +285,12 @@ def _told(error: Exception, name: str) -> LitfreezeError:
         error = error.__cause__  # it looked into its cache because of that
     repo, revision = NAME.fullmatch(name).groups()
     place, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-    offline = f"Offline, name a local directory, or a cache that holds {repo} with HF_HOME; {cache} does not."
+    offline = f"{name} is not in the cache {cache} (HF_HOME names another one)."
     if _in_cache(name) is not None:
-        offline = f"{cache} has it already: --checkpoint_dir {name}."
+        offline = f"{name} is in the cache already: --checkpoint_dir {name} takes it from there."
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return UsageError(f"HF_HUB_OFFLINE is set, so {repo} cannot be asked for at {place}. {offline}")
+        return UsageError(f"HF_HUB_OFFLINE is set, and {offline}")
     if isinstance(error, errors.GatedRepoError):
         return UsageError(f"{repo} is gated: ask for access at {place}/{repo}, then {HINT}.")
     if isinstance(error, errors.RevisionNotFoundError):
@@ -302,9 +302,7 @@ def _told(error: Exception, name: str) -> LitfreezeError:
     if status in (401, 403):
         return UsageError(f"{place} refuses the token for {repo} ({status}). Give one that is good for it: {HINT}.")
     if isinstance(error, (httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError, httpx2.InvalidURL)):
-        return RunError(
-            f"{place} cannot be reached ({_reason(error)}): there is no network, or HF_ENDPOINT is wrong.\n{offline}"
-        )
+        return RunError(f"There is no network: {place} cannot be reached ({_reason(error)}), and {offline}")
     if status is not None:
         return RunError(f"{place} answered {status} for {repo}. Try again later.")
     return RunError(

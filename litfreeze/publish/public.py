@@ -13,9 +13,9 @@ from litfreeze.checkpoint.hub import is_hub_name, origin
 from litfreeze.checkpoint.manifest import MANIFEST, TRAINED, read_manifest
 from litfreeze.checkpoint.write import record_of
 from litfreeze.cli import options_of
-from litfreeze.config import read_json
 from litfreeze.demo import MODEL_DIR
 from litfreeze.finetune import full, lora
+from litfreeze.json_file import read_json
 
 SCRIPTS = {"full": full.setup, "lora": lora.setup}  # by the kind of a run
 MOST_BASES = 20  # one under the other: more is a circle

@@ -11,7 +11,7 @@ from litfreeze.checkpoint.hub import needed_files
 from litfreeze.checkpoint.manifest import MANIFEST
 from litfreeze.checkpoint.tensors import whole_directory, write_text
 from litfreeze.checkpoint.write import write_hf, write_peft
-from litfreeze.config import read_json
+from litfreeze.json_file import read_json
 from litfreeze.publish.public import public_manifest
 
 FORMS = ("hf", "peft", "litfreeze")

@@ -188,7 +188,7 @@ class Keeper:
                 "epochs": round(outcome.step / self.schedule.steps_per_epoch, 3),
                 "tokens": outcome.tokens,
                 "data": {
-                    "name": job.data.path.resolve().name,
+                    "name": Path(job.data.path).resolve().name,
                     "train_samples": len(self.samples.train),
                     "val_samples": len(self.samples.val),
                 },

@@ -558,7 +558,7 @@ REFUSALS = {
         tensors(lambda t: (t.clear(), t.update({"base_model.model.lm_head.weight": torch.ones(61, 16)}))),
         ["holds no adapter"],
     ),
-    "no base": (config(base_model_name_or_path="someone/base"), ["is an adapter", "'someone/base'", "--base_dir"]),
+    "no base": (config(base_model_name_or_path="someone/base"), ["is an adapter", "someone/base", "--base_dir"]),
     "no word of its base": (config(base_model_name_or_path=None), ["is an adapter", "None", "--base_dir"]),
 }
 
