@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from importlib.metadata import entry_points
 from typing import Optional
 
 from litfreeze.cli import NoCommand, parse
@@ -33,6 +34,7 @@ COMMANDS = {
     "cache rm": "litfreeze.scripts.cache:rm",
 }
 
+EXTENSIONS = "litfreeze.commands"  # the entry points by which other packages bring commands: name = module:function
 LONGEST = 1000  # characters of a line of an error
 
 
@@ -55,7 +57,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 def _run(words: list[str]) -> int:
     debug = "--debug" in words
     try:
-        function, arguments = parse([word for word in words if word != "--debug"], COMMANDS)
+        function, arguments = parse([word for word in words if word != "--debug"], commands())
         function(**arguments)
         sys.stdout.flush()
     except NoCommand as choices:
@@ -77,6 +79,11 @@ def _run(words: list[str]) -> int:
             print(f"error: {_told(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, LitfreezeError) else 1
     return 0
+
+
+def commands() -> dict[str, str]:
+    """The commands of the core, and those that extensions bring."""
+    return COMMANDS | {point.name: point.value for point in entry_points(group=EXTENSIONS)}
 
 
 def _told(error: Exception) -> str:
