@@ -34,8 +34,6 @@ def answer(
 def _loaded(checkpoint: str) -> tuple[Checkpoint, Any]:
     opened = open_checkpoint(checkpoint)
     if opened.config.labels:
-        raise UsageError(
-            f"{opened.path} is a classifier and writes nothing: litfreeze classify tells classes of texts."
-        )
+        raise UsageError(f"{opened.path} is a classifier and writes nothing; litfreeze classify tells a text's class.")
     fabric, kept = build_fabric("auto", 1, 1, default_precision("auto").replace("mixed", "true"))
     return opened, load_model(opened, lambda _: kept.frozen).to(fabric.device)

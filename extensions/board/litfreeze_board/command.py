@@ -18,6 +18,7 @@ def setup(host: str = "127.0.0.1", port: int = 8765, root: Path = Path(), token:
         token: What a browser has to bring, once. On a machine that others use, give one for 127.0.0.1 too, in the
             environment (LITFREEZE_TOKEN). Where one is needed and none is given, one is made and printed.
     """
+    import re
     import secrets
     import socket
     from importlib.util import find_spec
@@ -31,9 +32,7 @@ def setup(host: str = "127.0.0.1", port: int = 8765, root: Path = Path(), token:
         raise UsageError(f"--root {root} is no folder.")
     if not 0 < port < 65536:
         raise UsageError(f"--port {port} must be from 1 to 65535.")
-    if token is not None and (
-        len(token) < 8 or not token.isascii() or not all(c.isalnum() or c in "-_" for c in token)
-    ):
+    if token is not None and not re.fullmatch("[A-Za-z0-9_-]{8,}", token):
         raise UsageError("--token takes at least 8 letters, digits, - and _. Left out, one is made where it is needed.")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

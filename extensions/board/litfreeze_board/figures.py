@@ -84,7 +84,8 @@ def _memory(memory: Mapping[str, Any]) -> str:
         figures = ", ".join(f"{kind} {megabytes(memory[key][kind])}" for kind in KINDS)
         total = megabytes(_total(memory[key]))
         rows.append(
-            f'<div class="lf-bar-label">{label}</div><div class="lf-bar" role="img" aria-label="{figures}">{parts}</div>'
+            f'<div class="lf-bar-label">{label}</div>'
+            f'<div class="lf-bar" role="img" aria-label="{figures}">{parts}</div>'
             f'<div class="lf-bar-total">{total}</div>'
         )
     legend = "".join(

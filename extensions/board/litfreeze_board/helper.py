@@ -20,6 +20,7 @@ CALLS = {
     "set_rate": "litfreeze_board.plan:set_rate",
     "answer": "litfreeze_board.answer:answer",
 }
+ENDED = "The process that was asked has ended, perhaps for want of memory. Try it again."
 LINE = 2**26  # bytes of the longest line
 
 
@@ -58,11 +59,9 @@ class Helper:
                     yield kind, value
                     if whole:
                         return
-                raise RunError("The process that was asked has ended, perhaps for want of memory. Try it again.")
+                raise RunError(ENDED)
             except (BrokenPipeError, ConnectionResetError):
-                raise RunError(
-                    "The process that was asked has ended, perhaps for want of memory. Try it again."
-                ) from None
+                raise RunError(ENDED) from None
             finally:
                 if not whole:  # the rest of its answer would be taken for that to the next question
                     self.end()

@@ -158,6 +158,36 @@ def stop(run: Run) -> Run:
     return run
 
 
+@dataclass(frozen=True)
+class Task:
+    """A command that was run on what a run left: merge, diff or export. Its folder is the run's."""
+
+    name: str
+    words: list[str]
+    pid: int
+    born: str
+
+    @property
+    def alive(self) -> bool:
+        return _born(self.pid) == self.born
+
+
+def act(run: Run, name: str, words: Sequence[str]) -> None:
+    """Runs `litfreeze WORDS` as the task `name`, logged beside the run. Raises UsageError if it is at it already."""
+    if any(task.name == name and task.alive for task in tasks(run)):
+        raise UsageError(f"{name} is running.")
+    log = run.folder / f"{name}.log"
+    log.write_bytes(b"")
+    task = Task(name, list(words), *_launch(run.root, words, log))
+    write_text(run.folder / f"{name}.task", json.dumps(asdict(task)))
+
+
+def tasks(run: Run) -> list[Task]:
+    """What was done with what a run left, the last first."""
+    files = sorted(run.folder.glob("*.task"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return [Task(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+
+
 def environment() -> dict[str, str]:
     """What a process of the board's is given: the command says everything, so no option stands in here, nor a token."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LITFREEZE_")}
@@ -188,10 +218,8 @@ def _born(pid: int) -> str:
     """When the process `pid` began, in the system's words; empty if there is none, or if it has ended."""
     _children[:] = [child for child in _children if child.poll() is None]
     if platform.system() != "Linux":
-        told = subprocess.run(
-            ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
-        )
-        state, _, began = told.stdout.strip().partition(" ")
+        asked = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
+        state, _, began = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.partition(" ")
         return "" if state.startswith("Z") else began.strip()
     try:
         state, *facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2].split()

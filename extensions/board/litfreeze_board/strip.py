@@ -21,7 +21,7 @@ class Choice:
     """What is chosen of a model of `n_layer` blocks, `new` of them put in by `litfreeze expand`: the words for blocks
     and for what stands outside of them, and the blocks of the last words that meant something.
 
-    With no words for blocks everything trains or, if other options say what (`elsewhere`), all blocks that the plan has.
+    With no words for blocks everything trains or, if other options say what (`elsewhere`), what the plan has.
     `always` trains outside of them whatever the words are."""
 
     n_layer: int = 0

@@ -20,6 +20,7 @@ def shared() -> None:
 @contextmanager
 def page(root: Root, here: str) -> Iterator[None]:
     """A page, with the link `here` marked in its head."""
+    ui.colors(primary="#1668a6")
     with ui.element("main").classes("lf-page"):
         with ui.element("nav").classes("lf-head").props('aria-label="Pages"'):
             ui.html("<b>litfreeze</b>", sanitize=False, tag="span")

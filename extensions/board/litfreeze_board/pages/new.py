@@ -15,6 +15,7 @@ from litfreeze.checkpoint.tensors import write_text
 from litfreeze.choose.words import METHODS, has_ranks
 from litfreeze.errors import LitfreezeError, UsageError
 from litfreeze.freeze.layers import format_layers, parse_layers
+from litfreeze.outputs import RECIPE
 from litfreeze_board import figures, runs
 from litfreeze_board.options import Field, Form, field_of
 from litfreeze_board.pages import frame
@@ -31,6 +32,7 @@ EVERYDAY = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "data.max_seq_length", "data.val_path",
     "train.save_interval", "precision", "save", "task", "out_dir",
 )  # fmt: skip
+INSTEAD = ("unfreeze", "lisa_layers", "freeze_trainable_layers", "freeze_trainable_layers_ids", "trainable_modules")
 FIRST = {"trainable_layers": "-2:"}  # what a new form has
 COPY = """(async () => {
   const text = %s;
@@ -46,14 +48,14 @@ def add(board: Board) -> None:
     """The page `/`."""
 
     @ui.page("/")
-    async def new() -> None:
+    async def new(run: str = "") -> None:
         with frame.page(board.root, "New run"):
-            await NewRun(board).build()
+            await NewRun(board).build(run)
 
 
 class NewRun:
-    """One open page. What was filled in is in `values`, an option's name and its text, whether or not the method that is
-    chosen has that option."""
+    """One open page. What was filled in is in `values`, an option's name and its text, whether or not the method that
+    is chosen has that option."""
 
     def __init__(self, board: Board) -> None:
         self.board = board
@@ -85,8 +87,9 @@ class NewRun:
 
     # ---- what stands on the page ----
 
-    async def build(self) -> None:
-        await aside.io_bound(self._restore)
+    async def build(self, run: str) -> None:
+        """With the options of the run that has this number, or as it was left last."""
+        await aside.io_bound(self._options_of, run) if run.isdecimal() else await aside.io_bound(self._restore)
         with frame.section("Model & data"):
             with ui.element("div").classes("lf-pair"):
                 self._picked("checkpoint_dir", "checkpoint", "the embedded demo model")
@@ -171,15 +174,13 @@ class NewRun:
 
     def _field(self, field: Field) -> None:
         """One option: a switch, a choice or a text, with its help beneath."""
-        value = self.values.get(field.name, "")
-        if field.choices == ("true", "false") and field.default:
-            on = (value or field.default) == "true"
+        value = self._value(field)
+        if isinstance(value, bool):
             with ui.element("div"):
-                entry = ui.switch(field.name, value=on).classes("lf-switch")
+                entry = ui.switch(field.name, value=value).classes("lf-switch")
                 ui.label(field.help).classes("lf-hint")
         elif field.choices:
             options = {"": field.default or "left open", **{c: c for c in field.choices if c != field.default}}
-            value = "" if value == field.default or value not in options else value
             entry = ui.select(options, label=field.name, value=value).props("outlined dense stack-label options-dense")
             entry.props["hint"] = field.help
         else:
@@ -189,6 +190,13 @@ class NewRun:
         entry.on_value_change(partial(self._typed, field.name))
         entry.mark(field.name)
         self.inputs[field.name] = entry
+
+    def _value(self, field: Field) -> str | bool:
+        """What an option's field shows: of a switch whether it is on, of a choice the default as an empty text."""
+        value = self.values.get(field.name, "")
+        if field.choices == ("true", "false") and field.default:
+            return (value or field.default) == "true"
+        return "" if field.choices and (value == field.default or value not in field.choices) else value
 
     # ---- what a person does ----
 
@@ -218,10 +226,9 @@ class NewRun:
             self.inputs[name].set_value(text)
 
     def _switch(self, method: str) -> None:
-        if method != self.method:
-            self.method = method
-            self._fill()
-            self.changed()
+        self.method = method
+        self._fill()
+        self.changed()
 
     def _ask_rate(self, part: str) -> None:
         """A dialog for the learning rate of one part."""
@@ -320,37 +327,35 @@ class NewRun:
         self.upload.reset()
         try:
             text = (await event.file.read()).decode("utf-8")
-            self.load(text)
+            self._read_recipe(text)
+            self._show_all()
         except UnicodeDecodeError:
             self._refuse("The file is not UTF-8 text.")
         except UsageError as error:
             self._refuse(f"{event.file.name}: {error}")
 
-    def load(self, recipe: str) -> None:
-        """Fills the form in from YAML, as `--config` would; with the other method, if only that has these options."""
+    def _read_recipe(self, recipe: str) -> None:
+        """Takes the options that stand in YAML, as `--config` would, with the other method if only that has them.
+        Raises UsageError if neither does."""
         try:
-            values = self.form.values(recipe)
+            self.values = self.form.values(recipe)
         except UsageError:
-            others = [method for method in self.forms if method != self.method]
-            for method in others:
+            for method in self.forms:
                 with suppress(UsageError):
-                    values = self.forms[method].values(recipe)
-                    self.method = method
-                    break
-            else:
-                raise
-        self._show_all(values)
+                    self.values, self.method = self.forms[method].values(recipe), method
+                    return
+            raise
 
     def _clear(self) -> None:
-        self._show_all(dict(FIRST))
+        self.values = dict(FIRST)
+        self._show_all()
 
-    def _show_all(self, values: dict[str, str]) -> None:
-        self.values = values
-        self.methods.set_value(self.method)
-        for name in ("checkpoint_dir", "data.path"):
-            self.inputs[name].set_value(values.get(name, ""))
+    def _show_all(self) -> None:
+        """Shows what is in `values` in the fields that are there: new ones would lose what is just being typed."""
+        self.methods.set_value(self.method)  # which brings its own fields, if it is another
+        for name, entry in self.inputs.items():
+            entry.set_value(self._value(self.form.fields[name]))
         self._forget_ranking()
-        self._fill()
         self.changed()
 
     async def _start(self) -> None:
@@ -384,9 +389,7 @@ class NewRun:
             self.strip.show(self.values.get("trainable_layers", ""), [], told="")
             return
         choice.n_layer, choice.new = model["n_layer"], model["new"]
-        named = any(
-            self.values.get(name) for name in ("unfreeze", "freeze_trainable_layers", "freeze_trainable_layers_ids")
-        )
+        named = any(self.values.get(name) for name in INSTEAD)
         choice.elsewhere = self.method != "full" or named
         classifies = self.values.get("task") == "classification" or model["classes"] > 0
         choice.always = frozenset(["head"] if classifies else [])
@@ -468,6 +471,7 @@ class NewRun:
             self.figures.set_content(figures.plan_html(self.plan))
             self.data_told.set_text("\n".join([self.plan["data"], *found["notes"]]))
             self.table.set_text(self.plan["table"])
+            self.inputs["train.lr"].props["placeholder"] = f"{self.plan['lr']:g}"
         self.figures.classes(remove="lf-old") if self.plan else self.figures.classes(add="lf-old")
         at = "" if model is not None else "checkpoint_dir"
         self._refuse(found.get("refused", ""), at)
@@ -491,6 +495,13 @@ class NewRun:
     def _keep(self) -> None:
         self.board.draft.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.board.draft, json.dumps({"method": self.method, "values": self.values}))
+
+    def _options_of(self, number: str) -> None:
+        run = runs.read_run(self.board.root.path / runs.STATE / number)
+        with suppress(OSError, UsageError):
+            if run is not None:
+                self.method = run.words[1]
+                self._read_recipe((run.place / RECIPE).read_text(encoding="utf-8"))
 
     def _restore(self) -> None:
         with suppress(OSError, ValueError, KeyError, TypeError):
