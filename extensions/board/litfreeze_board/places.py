@@ -1,5 +1,6 @@
 """Paths that a page may name: those inside of one folder, the root, with every link followed."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,15 @@ class Root:
         directly in it, lies outside."""
         try:
             place = (self.path / Path(given).expanduser()).resolve()
-            within = [place, *(child.resolve() for child in place.iterdir())] if place.is_dir() else [place]
+            within = [place]
+            if place.is_dir() and place.is_relative_to(self.path):
+                with os.scandir(place) as children:
+                    within += [Path(child.path).resolve() for child in children if child.is_symlink()]
         except (OSError, RuntimeError, ValueError) as error:
             raise UsageError(f"--{option} {given} cannot be looked at: {error}.") from None
         for each in within:
             if not each.is_relative_to(self.path):
-                where = f"{given} leads" if each == place else f"{given} holds {each.name}, which leads"
+                where = f"{given} leads" if each == place else f"{given} holds a link to {each}, which leads"
                 raise UsageError(
                     f"--{option}: {where} outside of this board's root, {self.path}. litfreeze board --root chooses "
                     "another."

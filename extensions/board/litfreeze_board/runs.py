@@ -6,6 +6,7 @@ stands, is read from its own folder (litfreeze/outputs.py) and from the system."
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ class Run:
 
     Attributes:
         folder: What the board keeps of it.
-        words: The command behind `litfreeze`, as it was last started.
+        words: The command behind `litfreeze` that began it.
         out_dir: Where the run writes, from the root.
         steps: How many it will make.
         layers: Blocks that train, as text.
@@ -108,7 +109,7 @@ def read_run(folder: Path) -> Optional[Run]:
 
 
 def next_out_dir(root: Path, method: str) -> str:
-    """out/finetune/full-3: the next that nobody has."""
+    """out/finetune/full-3: the next that nobody has, a run that has not made its folder yet included."""
     taken = {run.out_dir for run in all_runs(root)}
     number = 1
     while True:
@@ -140,9 +141,8 @@ def resume(run: Run) -> Run:
         raise UsageError(f"{run.out_dir} is still running.")
     if not run.resumable:
         raise UsageError(f"{run.out_dir} has kept no point to go on from. Start it anew.")
-    words = [*run.words[:2], "--resume", run.out_dir]
-    pid, born = _launch(run.root, words, run.log)
-    run = replace(run, words=words, pid=pid, born=born, asked=0)
+    pid, born = _launch(run.root, [*run.words[:2], "--resume", run.out_dir], run.log)
+    run = replace(run, pid=pid, born=born, asked=0)
     run.write()
     return run
 
@@ -201,6 +201,8 @@ def command(words: Sequence[str]) -> list[str]:
 
 def _launch(root: Path, words: Sequence[str], log: Path) -> tuple[int, str]:
     with log.open("ab") as out:
+        out.write(f"$ {shlex.join(['litfreeze', *words])}\n".encode())
+        out.flush()
         child = subprocess.Popen(
             command(words),
             cwd=root,

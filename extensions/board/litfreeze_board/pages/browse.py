@@ -20,7 +20,7 @@ class Browser:
         self.folder = Path()
         with ui.dialog() as self.dialog, ui.card().classes("lf-dialog"):
             self.title = ui.label()
-            self.list = ui.list().props("dense separator").classes("w-full").style("max-height: 55vh; overflow: auto")
+            self.list = ui.list().props("dense separator").style("width: 100%; max-height: 55vh; overflow: auto")
             with ui.row().classes("lf-row"):
                 ui.button("Choose this folder", on_click=lambda: self._take(self.folder)).props("outline no-caps")
                 ui.button("Close", on_click=self.dialog.close).props("flat no-caps")

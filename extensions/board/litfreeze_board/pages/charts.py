@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nicegui import ui
+from nicegui.events import ValueChangeEventArguments
 
 COLOURS = ("#3a8fd0", "#d9822b", "#4c9a84", "#b65c6b", "#8a78b5", "#8d8f3a")
 LINE = {"lineStyle": {"color": "rgba(128,128,128,0.25)"}}
@@ -11,7 +12,7 @@ TEXT = {"color": "#8a959c"}
 
 
 def chart() -> ui.echart:
-    """An empty plot over steps."""
+    """An empty plot over steps, and a switch for a logarithmic scale."""
     axis = {"type": "value", "axisLabel": TEXT, "splitLine": LINE, "axisLine": LINE, "nameTextStyle": TEXT}
     options = {
         "animation": False,
@@ -23,7 +24,14 @@ def chart() -> ui.echart:
         "yAxis": {**axis, "scale": True},
         "series": [],
     }
-    return ui.echart(options).classes("lf-chart")
+    plot = ui.echart(options).classes("lf-chart")
+
+    def scale(event: ValueChangeEventArguments) -> None:
+        plot.options["yAxis"]["type"] = "log" if event.value else "value"
+        plot.update()
+
+    ui.switch("log scale", on_change=scale).props("dense").classes("lf-hint")
+    return plot
 
 
 def line(name: str, points: Sequence[tuple[float, float]], colour: int, validation: bool) -> dict[str, Any]:

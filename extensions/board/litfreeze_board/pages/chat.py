@@ -49,14 +49,14 @@ class Side:
         self.talk.clear()
         self.told.set_text("")
 
-    async def ask(self, question: str, tokens: int, temperature: float) -> None:
+    async def ask(self, question: str, history: bool, tokens: int, temperature: float) -> None:
         """Writes the answer as it comes."""
         self.told.set_text("")
         place = self.place.value.strip()
         with self.talk:
             ui.label(question).classes("lf-said lf-said-user")
             said = ui.label("…").classes("lf-said")
-        messages = [*self.messages, {"role": "user", "content": question}]
+        messages = [*(self.messages if history else []), {"role": "user", "content": question}]
         text = ""
         try:
             if place and place != self.trusted:
@@ -86,6 +86,7 @@ class Chat:
             with ui.element("div").classes("lf-row"):
                 self.tokens = ui.number("max_new_tokens", value=64, min=1, format="%d").props("dense outlined")
                 self.warmth = ui.number("temperature", value=0, min=0, step=0.1).props("dense outlined")
+                self.history = ui.switch("with what was said before", value=True)
                 ui.button("Begin again", on_click=self._clear).props("flat")
             with ui.element("div").classes("lf-sides").style("margin: 10px 0"):
                 self.sides = [
@@ -117,9 +118,9 @@ class Chat:
         self.question.set_value("")
         self.send.set_visibility(False)
         self.stop.set_visibility(True)
-        tokens, warmth = int(self.tokens.value or 64), float(self.warmth.value or 0)
+        how = self.history.value, int(self.tokens.value or 64), float(self.warmth.value or 0)
         try:
-            await asyncio.gather(*(side.ask(question, tokens, warmth) for side in self.sides))
+            await asyncio.gather(*(side.ask(question, *how) for side in self.sides))
         finally:
             self.send.set_visibility(True)
             self.stop.set_visibility(False)

@@ -20,7 +20,6 @@ def shared() -> None:
 @contextmanager
 def page(root: Root, here: str) -> Iterator[None]:
     """A page, with the link `here` marked in its head."""
-    ui.colors(primary="#1668a6")
     with ui.element("main").classes("lf-page"):
         with ui.element("nav").classes("lf-head").props('aria-label="Pages"'):
             ui.html("<b>litfreeze</b>", sanitize=False, tag="span")
@@ -36,7 +35,8 @@ def page(root: Root, here: str) -> Iterator[None]:
 def section(title: str) -> Iterator[None]:
     """A section with a heading."""
     with ui.element("section").classes("lf-section"):
-        ui.html(title, sanitize=True, tag="h2")
+        if title:
+            ui.html(title, sanitize=True, tag="h2")
         yield
 
 

@@ -17,11 +17,12 @@ from litfreeze.errors import LitfreezeError, UsageError
 from litfreeze.freeze.layers import format_layers, parse_layers
 from litfreeze.outputs import RECIPE
 from litfreeze_board import figures, runs
+from litfreeze_board.choice import Choice, cells
 from litfreeze_board.options import Field, Form, field_of
 from litfreeze_board.pages import frame
 from litfreeze_board.pages.browse import Browser
 from litfreeze_board.server import Board
-from litfreeze_board.strip import Choice, Strip, cells
+from litfreeze_board.strip import Strip
 
 METHOD_COMMANDS = {name.removeprefix("finetune "): name for name in COMMANDS if name.startswith("finetune ")}
 IN_PLACE = ("checkpoint_dir", "data.path", "trainable_layers", "trainable_extra", "resume")  # have a place of their own
@@ -62,6 +63,7 @@ class NewRun:
         self.method = "full"
         self.values: dict[str, str] = dict(FIRST)
         self.forms = {method: Form(command) for method, command in METHOD_COMMANDS.items()}
+        self.free: dict[str, str] = {}
         self.choice = Choice()
         self.inputs: dict[str, Any] = {}
         self.model: Optional[dict[str, Any]] = None
@@ -77,19 +79,26 @@ class NewRun:
     def form(self) -> Form:
         return self.forms[self.method]
 
+    @property
+    def paths(self) -> set[str]:
+        """The options that name a file or a folder."""
+        return {name for name, field in self.form.fields.items() if field.path}
+
     def given(self) -> dict[str, str]:
         """What goes into the command: of the options that it has, with a folder of its own to write to."""
         values = {name: text for name, text in self.values.items() if name in self.form.fields and text != ""}
-        return {"out_dir": runs.next_out_dir(self.board.root.path, self.method), **values}
+        return {"out_dir": self.free[self.method], **values}
 
-    def words(self) -> list[str]:
-        return self.form.words(self.given())
+    def _find_free(self) -> None:
+        """The folder that the next run of each method gets, if none is named."""
+        self.free = {method: runs.next_out_dir(self.board.root.path, method) for method in self.forms}
 
     # ---- what stands on the page ----
 
     async def build(self, run: str) -> None:
         """With the options of the run that has this number, or as it was left last."""
         await aside.io_bound(self._options_of, run) if run.isdecimal() else await aside.io_bound(self._restore)
+        await aside.io_bound(self._find_free)
         with frame.section("Model & data"):
             with ui.element("div").classes("lf-pair"):
                 self._picked("checkpoint_dir", "checkpoint", "the embedded demo model")
@@ -123,11 +132,11 @@ class NewRun:
         with frame.section("Command"):
             self.command = frame.code().mark("command")
             with ui.element("div").classes("lf-row").style("margin-top: 10px"):
-                ui.button("Start", on_click=self._start).props("unelevated color=primary").mark("start")
+                self.start = ui.button("Start", on_click=self._start).props("unelevated color=primary")
                 ui.button("Copy", on_click=self._copy).props("outline")
                 ui.button("Save YAML", on_click=self._save).props("outline")
                 ui.button("Load YAML", on_click=lambda: self.upload.run_method("pickFiles")).props("outline")
-                ui.button("Clear", on_click=self._clear).props("flat")
+                ui.button("Begin again", on_click=self._clear).props("flat")
             self.upload = ui.upload(on_upload=self._load, auto_upload=True, max_file_size=10**6)
             self.upload.props('accept=".yaml,.yml"').classes("hidden")
         self._fill()
@@ -212,7 +221,7 @@ class NewRun:
     def _moved(self, text: Optional[str], parts: list[str], on: bool) -> None:
         """On the strip, or in its text."""
         if text is not None:
-            self.values["trainable_layers"] = text.strip()
+            self.values["trainable_layers"] = text if text.strip() else ""
         else:
             self.choice.put(parts, on)
             self.values["trainable_layers"] = self.choice.layers
@@ -281,7 +290,7 @@ class NewRun:
         if key not in self.board.rankings:
             values = {name: text for name, text in self.given().items() if name not in ("trainable_layers", "out_dir")}
             try:
-                self.board.root.check(values, {name for name, field in self.form.fields.items() if field.path})
+                await aside.io_bound(self.board.root.check, values, self.paths)
                 words = self.form.words(values)
                 self.board.rankings[key] = await self.board.ranker.call("rank", words=words, method=method)
             except LitfreezeError as error:
@@ -360,16 +369,18 @@ class NewRun:
 
     async def _start(self) -> None:
         """Starts the command that is shown, unless the plan refuses it."""
+        self.start.disable()
+        await aside.io_bound(self._find_free)
         values = self.given()
         words = self.form.words(values)
         found = await self._planned(values, words)
         if "plan" not in found:
             self._take(found)
+            self.start.enable()
             return
         plan = found["plan"]
-        run = await aside.io_bound(
-            runs.start, self.board.root.path, words, values["out_dir"], plan["steps"], plan["layers"]
-        )
+        where = self.board.root.path
+        run = await aside.io_bound(runs.start, where, words, values["out_dir"], plan["steps"], plan["layers"])
         ui.navigate.to(f"/runs/{run.id}")
 
     # ---- what follows from it ----
@@ -393,6 +404,7 @@ class NewRun:
         choice.elsewhere = self.method != "full" or named
         classifies = self.values.get("task") == "classification" or model["classes"] > 0
         choice.always = frozenset(["head"] if classifies else [])
+        self.strip.open = "left open: everything" if not choice.elsewhere else "left open: as the other options say"
         choice.layers = self.values.get("trainable_layers", "")
         choice.extra = self.values.get("trainable_extra", "")
         wrong = choice.read()
@@ -430,9 +442,8 @@ class NewRun:
 
     async def _planned(self, values: dict[str, str], words: list[str]) -> dict[str, Any]:
         """What plan.plan says, with rankings made that the words name."""
-        paths = {name for name, field in self.form.fields.items() if field.path}
         try:
-            self.board.root.check(values, paths)
+            await aside.io_bound(self.board.root.check, values, self.paths)
             rankings: dict[str, Any] = {}
             while True:
                 found = await self.board.planner.call(
@@ -472,6 +483,7 @@ class NewRun:
             self.data_told.set_text("\n".join([self.plan["data"], *found["notes"]]))
             self.table.set_text(self.plan["table"])
             self.inputs["train.lr"].props["placeholder"] = f"{self.plan['lr']:g}"
+            self.inputs["out_dir"].props["placeholder"] = self.free[self.method]
         self.figures.classes(remove="lf-old") if self.plan else self.figures.classes(add="lf-old")
         at = "" if model is not None else "checkpoint_dir"
         self._refuse(found.get("refused", ""), at)

@@ -48,13 +48,16 @@ class Runs:
             self.none = ui.label("No run has been started here yet.").classes("lf-hint")
             columns = [{"name": n, "label": t, "field": n, "align": "left"} for n, t in COLUMNS.items()]
             self.table = ui.table(rows=[], columns=columns, row_key="id", selection="multiple")
-            self.table.props("flat dense :rows-per-page-options=[0] hide-pagination").classes("lf-runs")
+            self.table.props("flat dense :rows-per-page-options=[0] hide-pagination hide-selected-banner").classes(
+                "lf-runs"
+            )
             self.table.add_slot("body-cell-run", NAME)
             self.table.add_slot("body-cell-state", STATE)
             self.table.on_select(lambda _: self._compare())
-        with frame.section("Compared") as _:
+        with frame.section("Compared"):
             ui.label("Tick runs above to see their losses in one plot.").classes("lf-hint")
-            self.plot = chart()
+            with ui.element("div").style("width: 100%") as self.plots:
+                self.plot = chart()
             self.commands = frame.code()
             self.commands.bind_visibility_from(self.commands, "text", backward=bool)
         await self.look()
@@ -99,6 +102,7 @@ class Runs:
             table = self.tables[run.id]
             lines.append(line(run.out_dir, table.curve("train_loss"), i, False))
             lines.append(line(f"{run.out_dir}: validation", table.curve("val_loss"), i, True))
+        self.plots.set_visibility(bool(chosen))
         if lines != self.drawn:
             self.drawn = lines
             draw(self.plot, lines)
