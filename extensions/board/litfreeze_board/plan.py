@@ -40,8 +40,11 @@ from litfreeze.train.report import Report
 _read: dict[str, Samples] = {}  # the last samples that were read, by all they were made of
 
 
-def plan(words: Sequence[str], checkpoint: Optional[str], base: Optional[str], rankings: Mapping[str, Any]) -> dict:
-    """All about the run of `litfreeze WORDS`, which has the checkpoint and base named (None: the embedded model).
+def plan(
+    words: Optional[Sequence[str]], checkpoint: Optional[str], base: Optional[str], rankings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All about the run of `litfreeze WORDS`, which has the checkpoint and base named (None: the embedded model); with
+    no words about that model alone.
 
     `rankings` are the answers of `rank` that are known. Returns `model`, and of `refused` (a text), `unranked` (the
     methods of rankings that the words name and that are not known) and `plan` the one that holds. Without a `model` the
@@ -51,6 +54,8 @@ def plan(words: Sequence[str], checkpoint: Optional[str], base: Optional[str], r
     except UsageError as error:
         return {"model": None, "refused": str(error)}
     found: dict[str, Any] = {"model": _model(opened)}
+    if words is None:
+        return found
     try:
         function, given = parse(words, COMMANDS)
         notes = []

@@ -356,7 +356,7 @@ class NewRun:
             raise
 
     def _clear(self) -> None:
-        self.values = dict(FIRST)
+        self.method, self.values = "full", dict(FIRST)
         self._show_all()
 
     def _show_all(self) -> None:
@@ -434,25 +434,24 @@ class NewRun:
                     self.done = now
                     if now == self.wanted:
                         self._take(found)
-                    if "plan" in found:
-                        await aside.io_bound(self._keep)
+                    await aside.io_bound(self._keep)
         finally:
             self.planning = False
             self.waiting.set_visibility(False)
 
     async def _planned(self, values: dict[str, str], words: list[str]) -> dict[str, Any]:
         """What plan.plan says, with rankings made that the words name."""
+        where = {"checkpoint": values.get("checkpoint_dir"), "base": values.get("base_dir")}
         try:
-            await aside.io_bound(self.board.root.check, values, self.paths)
+            try:
+                await aside.io_bound(self.board.root.check, values, self.paths)
+            except UsageError as error:
+                await aside.io_bound(self.board.root.check, values, {"checkpoint_dir", "base_dir"})
+                found = await self.board.planner.call("plan", words=None, **where, rankings={})
+                return {"refused": str(error), **found}
             rankings: dict[str, Any] = {}
             while True:
-                found = await self.board.planner.call(
-                    "plan",
-                    words=words,
-                    checkpoint=values.get("checkpoint_dir"),
-                    base=values.get("base_dir"),
-                    rankings=rankings,
-                )
+                found = await self.board.planner.call("plan", words=words, **where, rankings=rankings)
                 if not found.get("unranked"):
                     return found
                 for method in found["unranked"]:
