@@ -7,6 +7,7 @@ import sys
 import traceback
 from contextlib import suppress
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Optional
 
 from litfreeze.cli import NoCommand, parse
@@ -82,8 +83,9 @@ def _run(words: list[str]) -> int:
 
 
 def commands() -> dict[str, str]:
-    """The commands of the core, and those that extensions bring."""
-    return COMMANDS | {point.name: point.value for point in entry_points(group=EXTENSIONS)}
+    """The commands of the core, and those of extensions that are there."""
+    points = [point for point in entry_points(group=EXTENSIONS) if find_spec(point.module.partition(".")[0])]
+    return COMMANDS | {point.name: point.value for point in points}
 
 
 def _told(error: Exception) -> str:

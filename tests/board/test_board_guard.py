@@ -94,13 +94,13 @@ def command(*words, block_nicegui=False):
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_without_the_extra_it_says_what_to_install():
+def test_without_the_extra_it_says_what_to_install(installed):
     ended = command("board", block_nicegui=True)
     assert ended.returncode == 2
     assert ended.stderr == "error: The board needs nicegui: pip install 'litfreeze[board]'.\n"
 
 
-def test_the_command_line_lists_it():
+def test_the_command_line_lists_it(installed):
     assert "board" in command("--help").stdout
     assert "--token" in command("board", "--help").stdout
 
@@ -115,7 +115,7 @@ def test_the_command_line_lists_it():
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
     ],
 )
-def test_what_it_refuses(words, told):
+def test_what_it_refuses(served, words, told):
     ended = command("board", *words)
     assert ended.returncode == 2 and told in ended.stderr and ended.stderr.startswith("error: ")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import wait_for
 from litfreeze_board import runs
-from litfreeze_board.results import left_by
+from litfreeze_board.results import Left, left_by
 
 from litfreeze.errors import UsageError
 
@@ -70,6 +70,20 @@ def test_a_run_that_ends_and_one_that_fails(root):
     again = begin(root, 2)  # the folder has something now
     wait_for(lambda: not again.alive)
     assert again.id == "0002" and "already holds something" in again.log.read_text(encoding="utf-8")
+
+
+def test_an_adapter_goes_to_peft_and_into_its_base(tmp_path):
+    manifest = {
+        "kind": "lora",
+        "holds": "trained",
+        "training": {"trained": ["blocks.3.attn.q_proj.lora_A", "head.lora_B"]},
+    }
+    left = Left("final", "out/finetune/lora/final", manifest)
+    assert left.export()[:2] == ["convert", "to_peft"] and left.merge()[0] == "merge_lora"
+    words = left.diff("x.png")
+    assert words[words.index("--expect_only") + 1] == "3,head"
+    best = Left("best", "out/finetune/full/best", {**manifest, "kind": "full"})
+    assert best.export()[:2] == ["convert", "to_hf"] and best.merge()[0] == "merge_delta"
 
 
 def test_a_number_that_is_another_process_now(tmp_path):

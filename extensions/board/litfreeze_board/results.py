@@ -31,12 +31,23 @@ class Left:
         return self.manifest["training"].get("began_from") or str(MODEL_DIR)
 
     @property
+    def adapter(self) -> bool:
+        """It is an adapter beside its base."""
+        return self.partial and self.manifest.get("kind") == "lora"
+
+    @property
     def merged(self) -> str:
-        return f"{self.place}-{'merged' if self.manifest.get('kind') == 'lora' else 'whole'}"
+        """Where it goes as a whole."""
+        return f"{self.place}-{'merged' if self.adapter else 'whole'}"
+
+    @property
+    def exported(self) -> str:
+        """Where it goes for other tools."""
+        return f"{self.place}-{'peft' if self.adapter else 'hf'}"
 
     def merge(self) -> list[str]:
         """The words that make it whole."""
-        command = "merge_lora" if self.manifest.get("kind") == "lora" else "merge_delta"
+        command = "merge_lora" if self.adapter else "merge_delta"
         return [command, "--checkpoint_dir", self.place, "--out_dir", self.merged]
 
     def diff(self, picture: str) -> list[str]:
@@ -47,8 +58,9 @@ class Left:
         return ["diff", self.base, self.place, "--expect_only", chosen, "--png", picture]
 
     def export(self) -> list[str]:
-        """The words that write it for transformers, vLLM and the like."""
-        return ["convert", "to_hf", "--checkpoint_dir", self.place, "--out_dir", f"{self.place}-hf"]
+        """The words that write it for transformers, vLLM and the like, or an adapter for PEFT."""
+        command = "to_peft" if self.adapter else "to_hf"
+        return ["convert", command, "--checkpoint_dir", self.place, "--out_dir", self.exported]
 
 
 def left_by(run: Run) -> list[Left]:

@@ -1,6 +1,7 @@
 """The server: what its pages share, and how it starts."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -42,15 +43,16 @@ def serve(root: Path, host: str, port: int, token: Optional[str], told: str) -> 
     app.on_startup(lambda: print(told, flush=True))
     app.on_shutdown(board.planner.end)
     app.on_shutdown(board.ranker.end)
-    ui.run(
-        host=host,
-        port=port,
-        title="litfreeze",
-        favicon=str(Path(__file__).parent / "favicon.svg"),
-        dark=None,
-        tailwind=False,
-        reload=False,
-        show=False,
-        show_welcome_message=False,
-        reconnect_timeout=30,
-    )
+    with suppress(KeyboardInterrupt):  # is how it ends
+        ui.run(
+            host=host,
+            port=port,
+            title="litfreeze",
+            favicon=str(Path(__file__).parent / "favicon.svg"),
+            dark=None,
+            tailwind=False,
+            reload=False,
+            show=False,
+            show_welcome_message=False,
+            reconnect_timeout=30,
+        )

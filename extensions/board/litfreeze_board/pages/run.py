@@ -116,7 +116,7 @@ class OneRun:
     def _done(self, left: Left) -> tuple[bool, bool]:
         """Whether it was merged, and exported."""
         root = self.board.root.path
-        return (root / left.merged).is_dir(), (root / f"{left.place}-hf").is_dir()
+        return (root / left.merged).is_dir(), (root / left.exported).is_dir()
 
     # ---- what is shown ----
 
@@ -163,7 +163,7 @@ class OneRun:
                     self._button("Export", left, "export", left.export()).set_enabled(not exported)
                     chat = urlencode({"run": self.run.id, "checkpoint": left.name})
                     ui.button("Chat", on_click=lambda chat=chat: ui.navigate.to(f"/chat?{chat}")).props("outline dense")
-                    places = [left.merged] * merged + [f"{left.place}-hf"] * exported
+                    places = [left.merged] * merged + [left.exported] * exported
                     ui.label(", ".join(places)).classes("lf-hint")
 
     def _button(self, label: str, left: Left, verb: str, words: list[str]) -> ui.button:
@@ -183,7 +183,7 @@ class OneRun:
             for i, (task, alive, log, picture) in enumerate(found):
                 state = "running" if alive else "failed" if error_of(log) else "done"
                 with ui.expansion(f"{task.name}: {state}", value=i == 0).props("dense").mark(f"task-{task.name}"):
-                    frame.code(f"$ {shlex.join(['litfreeze', *task.words])}\n{log}", "lf-table")
+                    frame.code(log, "lf-table")
                     if picture:
                         ui.image(f"/runs/{self.run.id}/{task.name}.png").props("fit=contain").style("max-width: 720px")
 
