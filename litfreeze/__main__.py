@@ -6,6 +6,8 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Optional
 
 from litfreeze.cli import NoCommand, parse
@@ -40,6 +42,7 @@ COMMANDS = {
     "cache rm": "litfreeze.scripts.cache:rm",
 }
 
+EXTENSIONS = "litfreeze.commands"  # the entry points by which other packages bring commands: name = module:function
 LONGEST = 1000  # characters of a line of an error
 
 
@@ -62,7 +65,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 def _run(words: list[str]) -> int:
     debug = "--debug" in words
     try:
-        function, arguments = parse([word for word in words if word != "--debug"], COMMANDS)
+        function, arguments = parse([word for word in words if word != "--debug"], commands())
         function(**arguments)
         sys.stdout.flush()
     except NoCommand as choices:
@@ -84,6 +87,12 @@ def _run(words: list[str]) -> int:
             print(f"error: {_told(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, LitfreezeError) else 1
     return 0
+
+
+def commands() -> dict[str, str]:
+    """The commands of the core, and those of extensions that are there."""
+    points = [point for point in entry_points(group=EXTENSIONS) if find_spec(point.module.partition(".")[0])]
+    return COMMANDS | {point.name: point.value for point in points}
 
 
 def _told(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """`litfreeze finetune full`: train the weights themselves, all of them or the chosen layers."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs, RateArgs, ThawArgs
@@ -83,13 +84,23 @@ def setup(
     """
     given = dict(locals())
 
+    from litfreeze.launch import launch
+    from litfreeze.train.run import run
+
+    fabric, job = made(given)
+    return launch(fabric, run, job)
+
+
+def made(given: Mapping[str, Any]):
+    """The Fabric and the `Job` that the options `given` of `setup` come to, so that they can be looked at before
+    anything starts. Raises UsageError for all that the words themselves, the checkpoint and a ranking refuse."""
     import shlex
 
     import torch
 
     from litfreeze.checkpoint.classifier import HEAD
     from litfreeze.errors import UsageError
-    from litfreeze.finetune.setting import open_base, ranked_layers, settled, start
+    from litfreeze.finetune.setting import job_of, open_base, ranked_layers, settled
     from litfreeze.finetune.task import HEAD_LR, for_task
     from litfreeze.freeze.words import plan_from_words
 
@@ -119,4 +130,4 @@ def setup(
     save_dtype = getattr(torch, o.save_dtype) if o.save_dtype else None
     lr = HEAD_LR if checkpoint.config.labels and plan.trained == {HEAD} else 5e-5
     notes = (*of_task, *ranked)
-    return start("full", setup, o, checkpoint, plan, lr=lr, save=o.save, save_dtype=save_dtype, notes=notes)
+    return job_of("full", setup, o, checkpoint, plan, lr=lr, save=o.save, save_dtype=save_dtype, notes=notes)

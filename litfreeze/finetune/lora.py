@@ -1,7 +1,8 @@
 """`litfreeze finetune lora`: train an adapter on chosen layers, or go on with one."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs, RateArgs, ThawArgs
@@ -93,8 +94,18 @@ def setup(
     """
     given = dict(locals())
 
+    from litfreeze.launch import launch
+    from litfreeze.train.run import run
+
+    fabric, job = made(given)
+    return launch(fabric, run, job)
+
+
+def made(given: Mapping[str, Any]):
+    """The Fabric and the `Job` that the options `given` of `setup` come to, so that they can be looked at before
+    anything starts. Raises UsageError for all that the words themselves, the checkpoint and a ranking refuse."""
     from litfreeze.finetune.adapter import begin, default_lr
-    from litfreeze.finetune.setting import open_base, ranked_layers, settled, start
+    from litfreeze.finetune.setting import job_of, open_base, ranked_layers, settled
     from litfreeze.finetune.task import for_task
 
     o = settled(setup, "lora", given)
@@ -103,4 +114,4 @@ def setup(
     o, ranked = ranked_layers(o, opened)
     checkpoint, plan, notes = begin(opened, o)
     lr, about_lr = default_lr(opened, o)
-    return start("lora", setup, o, checkpoint, plan, lr, save="delta", notes=(*of_task, *notes, *ranked, *about_lr))
+    return job_of("lora", setup, o, checkpoint, plan, lr, save="delta", notes=(*of_task, *notes, *ranked, *about_lr))

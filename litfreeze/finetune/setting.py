@@ -1,14 +1,16 @@
-"""What every finetune script does: settle its options, open the checkpoint, and start the run."""
+"""What every finetune script does: settle its options, open the checkpoint, and make the job."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass, replace
+from functools import partial
 from operator import index
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional, SupportsIndex, Union
 
 import yaml
+from lightning_fabric import Fabric
 
 from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint
 from litfreeze.checkpoint.hub import pinned, seen_from
@@ -23,11 +25,10 @@ from litfreeze.errors import UsageError
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.rates import with_rates
 from litfreeze.freeze.words import one_of, thawing_from_words
-from litfreeze.launch import build_fabric, launch
+from litfreeze.launch import build_fabric
 from litfreeze.outputs import FINAL, last_resumable
 from litfreeze.train.args import TrainArgs
-from litfreeze.train.job import Job, Result
-from litfreeze.train.run import run
+from litfreeze.train.job import Job
 
 _ELSEWISE = "--{} {} stands beside --resume, but the run was made with {}. Leave it out, or start a new run."
 DEVICES = ("accelerator", "devices", "num_nodes", "strategy")  # what a resumed run may be told anew
@@ -117,19 +118,22 @@ def ranked_layers(options: SimpleNamespace, checkpoint: Checkpoint) -> tuple[Sim
         return options, []
     others = {name: getattr(options, name, None) for name in ("freeze_trainable_layers", "freeze_trainable_layers_ids")}
     one_of(trainable_layers=options.trainable_layers, unfreeze=options.thaw.unfreeze, **others)
-    device = build_fabric(*places_of(options))[0].device
-    data, size, seed = with_demo_data(options.data), options.train.micro_batch_size, options.seed
-
-    def ranked(method: str) -> Ranking:
-        batches = draw_batches(checkpoint, data, RECORDS, size, seed) if method in NEED_DATA else None
-        return rank(checkpoint, method, seed, device, batches)
-
     config = checkpoint.config
+    ranked = partial(ranking, options, checkpoint)
     layers, told = put_ids(options.trainable_layers, config.n_layer, config.new_blocks, ranked)
     return but(options, trainable_layers=layers), told
 
 
-def start(
+def ranking(options: SimpleNamespace, checkpoint: Checkpoint, method: str) -> Ranking:
+    """The blocks of `checkpoint` by `method`, on the records that a run with these options learns from first."""
+    batches, seed = None, options.seed
+    if method in NEED_DATA:
+        data = with_demo_data(options.data)
+        batches = draw_batches(checkpoint, data, RECORDS, options.train.micro_batch_size, seed)
+    return rank(checkpoint, method, seed, build_fabric(*places_of(options))[0].device, batches)
+
+
+def job_of(
     method: str,
     script: Callable[..., Any],
     options: SimpleNamespace,
@@ -137,8 +141,8 @@ def start(
     plan: FreezePlan,
     lr: float,
     **more: Any,
-) -> Result:
-    """Makes a `Job` of the options that every script has and of `more`, and runs it on the devices they ask for."""
+) -> tuple[Fabric, Job]:
+    """A `Job` of the options that every script has and of `more`, and the devices they ask for to run it on."""
     data, train = with_demo_defaults(options.checkpoint_dir, options.data, options.train, lr, epochs=3)
     fabric, precision = build_fabric(*places_of(options))
     job = Job(
@@ -159,7 +163,7 @@ def start(
         anew=options.anew,
         **more,
     )
-    return launch(fabric, run, job)
+    return fabric, job
 
 
 def with_demo_defaults(

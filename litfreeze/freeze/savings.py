@@ -91,6 +91,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05)
     return 2 * size**3 / fastest
 
 
+def usual_seconds(flops: float, rate: float) -> float:
+    """How long so many FLOPs of training take at `rate`, in FLOP/s, of large matrix products."""
+    return flops / rate / USUAL
+
+
 def describe_savings(plan: FreezePlan, rows: Rows, rate: float, kept: Optional[int], unit: str = "epoch") -> str:
     """A table of what one pass over `rows` costs if everything trains, with this plan and, where what comes out of the
     frozen prefix is kept (in `kept` bytes), once it is. `rate` is in FLOP/s."""
@@ -104,8 +109,8 @@ def describe_savings(plan: FreezePlan, rows: Rows, rate: float, kept: Optional[i
         f"{'':>10}  {'FLOPs per token':>15}  {head}",
     ]
     for label, flops, note in table:
-        seconds = flops / rate / USUAL
-        lines.append(f"{label:>10}  {_flops(flops / rows.tokens):>15}  {seconds:>{len(head)},.1f}  {note}".rstrip())
+        seconds = f"{usual_seconds(flops, rate):>{len(head)},.1f}"
+        lines.append(f"{label:>10}  {_flops(flops / rows.tokens):>15}  {seconds}  {note}".rstrip())
     return "\n".join(lines)
 
 

@@ -45,19 +45,22 @@ class Keeper:
         """How many checkpoints on the way, and how many points to go on from, stay."""
         return self.job.train.keep_last or KEPT
 
-    def check_room(self) -> None:
-        """Raises UsageError unless the disk has room for all that the run will keep at one time."""
-        kept, sizes = {FINAL: "the final checkpoint"}, self._sizes
-        needed = {FINAL: sizes[FINAL]}
+    def most(self) -> dict[str, int]:
+        """The most bytes that the run will keep at one time, by what they are for."""
+        sizes = self._sizes
+        needed = {"the final checkpoint": sizes[FINAL]}
         keep = self.keep + 1  # a new one is written before an old one goes
         if self.job.eval.save_best and self.samples.val:
-            needed[BEST], kept[BEST] = 2 * sizes[BEST], "the best one, and one that takes its place"
+            needed["the best one, and one that takes its place"] = 2 * sizes[BEST]
         if self.job.train.save_interval:
-            needed[RESUME] = keep * (sizes[BEST] + sizes[RESUME])
-            kept[RESUME] = f"{keep} steps' checkpoints and points to go on from"
-        free = shutil.disk_usage(self.out_dir).free
+            needed[f"{keep} steps' checkpoints and points to go on from"] = keep * (sizes[BEST] + sizes[RESUME])
+        return needed
+
+    def check_room(self) -> None:
+        """Raises UsageError unless the disk has room for all that the run will keep at one time."""
+        needed, free = self.most(), shutil.disk_usage(self.out_dir).free
         if sum(needed.values()) > free:
-            parts = ", ".join(f"{megabytes(needed[name])} for {kept[name]}" for name in needed)
+            parts = ", ".join(f"{megabytes(size)} for {what}" for what, size in needed.items())
             raise UsageError(
                 f"--out_dir {self.out_dir}: {megabytes(free)} are free there, and this run keeps up to "
                 f"{megabytes(sum(needed.values()))}: {parts}. Make room, choose another disk, or keep less (--save "

@@ -1,7 +1,7 @@
 """Before anything is written: all that can be checked is checked, and the data are read."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
@@ -40,8 +40,9 @@ class Prepared:
     prompt: Optional[dict[str, Any]]  # to save with the checkpoints
 
 
-def prepare(fabric: Fabric, job: Job) -> Prepared:
-    """What `job` learns from and when. Raises UsageError for all that can be known to be wrong by then."""
+def prepare(fabric: Fabric, job: Job, read: Optional[Callable[[Job, Tokenizer, Prompt], Samples]] = None) -> Prepared:
+    """What `job` learns from and when. `read` may give samples that are known already. Raises UsageError for all that
+    can be known to be wrong by then."""
     again = job.resume or (job.anew and job.out_dir is not None and began_as(job.out_dir, job.recipe))
     if job.out_dir is not None and used(job.out_dir) and not again:
         what = "already holds something" if job.out_dir.is_dir() else "is a file"
@@ -60,7 +61,7 @@ def prepare(fabric: Fabric, job: Job) -> Prepared:
     fabric.seed_everything(job.seed, workers=False, verbose=False)
     tokenizer = job.checkpoint.tokenizer()
     prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
-    samples = _load_samples(job, tokenizer, prompt)
+    samples = (read or job_samples)(job, tokenizer, prompt)
     # Plain text has no prompt, and what a classifier reads is the text alone
     prompted = not job.checkpoint.config.labels and any(len(sample.prompt_tokens) for sample in samples.train)
     schedule = Schedule.plan(len(samples.train), job.train, job.eval)
@@ -71,7 +72,7 @@ def prepare(fabric: Fabric, job: Job) -> Prepared:
     return Prepared(tokenizer, samples, schedule, planned, prompt.style if prompted else None, saved)
 
 
-def _load_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
+def job_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
     """The samples of the run; of validation at most `--eval.max_samples`, drawn once."""
     samples = read_samples(job.checkpoint, job.data, tokenizer, prompt)
     most = job.eval.max_samples

@@ -48,7 +48,7 @@ class Report:
     def opening(self, prompt_style: Optional[str]) -> str:
         """What will train, on what, for how long, and what it will cost."""
         config, schedule = self.job.checkpoint.config, self.schedule
-        tokens, targets = self._micro_batch()
+        tokens, targets = self.micro_batch()
         dropout = [f"{name} {value}" for name in DROPOUT if (value := self.job.checkpoint.hf_config.get(name))]
         return "\n".join(
             [
@@ -68,7 +68,7 @@ class Report:
                 "",
                 f"Memory, estimated for micro-batches of {self.job.train.micro_batch_size} (up to {tokens:,} tokens):",
                 describe_memory(
-                    self._hungriest(tokens, targets),
+                    self.hungriest(tokens, targets),
                     self.job.precision,
                     self.job.checkpoint.dtype,
                     tokens,
@@ -220,13 +220,13 @@ class Report:
         )
         return lines
 
-    def _hungriest(self, tokens: int, targets: int) -> FreezePlan:
+    def hungriest(self, tokens: int, targets: int) -> FreezePlan:
         """The plan of the stage that needs the most memory."""
         alike = {(stage.plan.n_trained, stage.plan.lowest): stage.plan for stage in self.stages}
         given = self.job.precision, self.job.checkpoint.dtype, tokens, targets
         return max(alike.values(), key=lambda plan: estimate_memory(plan, *given).total)
 
-    def _micro_batch(self) -> tuple[int, int]:
+    def micro_batch(self) -> tuple[int, int]:
         """Tokens and targets in the largest micro-batch that can happen."""
         count = self.job.train.micro_batch_size
         lengths = sorted((len(s.tokens) - 1 for s in self.samples.train), reverse=True)
