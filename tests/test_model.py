@@ -45,7 +45,7 @@ def largest_difference(a, b):
 
 
 @every_family
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(data=st.data(), seed=seeds, spelled_anew=st.booleans())
 @torch.no_grad()
 def test_logits_are_those_of_transformers(family, data, seed, spelled_anew):
@@ -68,7 +68,7 @@ def test_positions_turn_by_the_angles_of_transformers(fields):
 
 
 @every_family
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(data=st.data(), seed=seeds, cuts=st.sets(st.integers(1, 23), max_size=5))
 @torch.no_grad()
 def test_in_chunks_over_a_cache_and_in_ranges_of_blocks_it_computes_the_same(family, data, seed, cuts):

@@ -63,7 +63,7 @@ def both(fields, seed: int, tokenizer_dir: Path, out: Path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_written_and_read_it_is_transformers_own(tmp_path_factory, tokenizer_dir, family):
-    @settings(max_examples=5)
+    @settings(max_examples=3)
     @given(FAMILIES[family], st.integers(0, 2**16))
     def check(fields, seed):
         out = tmp_path_factory.mktemp("hf")

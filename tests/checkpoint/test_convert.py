@@ -80,7 +80,7 @@ def transformers_logits(folder, tokens):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(data=st.data(), form=st.sampled_from(list(FORMS)), dtype=st.sampled_from(list(DTYPES)))
 @torch.no_grad()
 def test_there_and_back_is_the_same_to_the_bit(family, data, form, dtype, tokenizer_dir):

@@ -29,7 +29,7 @@ def logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 @torch.no_grad()
 def test_a_deeper_model_has_the_same_logits_here_and_in_transformers(family, data, dtype):

@@ -50,7 +50,7 @@ def logits(checkpoint: Checkpoint) -> torch.Tensor:
 
 
 @given(st.data())
-@settings(max_examples=25)
+@settings(max_examples=12)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_logits_are_those_of_base_and_adapter(family, data):
     more = {"dora": data.draw(st.booleans()), "rslora": data.draw(st.booleans())}

@@ -133,7 +133,7 @@ def peft_settings(draw, names, n_layer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_an_adapter_of_peft_means_the_same_here_and_comes_back_to_the_bit(family, data, tmp_path_factory):
     with saved_model(data.draw(FAMILIES[family])) as (base, model):
@@ -285,7 +285,7 @@ def our_lora(draw, names):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_an_adapter_from_here_means_the_same_to_peft(family, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")

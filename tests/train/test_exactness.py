@@ -148,7 +148,7 @@ def norm(gradients) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_a_micro_batch_teaches_what_the_plain_one_does(family, data):
     config = Config.from_hf(data.draw(FAMILIES[family]))
