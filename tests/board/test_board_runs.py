@@ -72,7 +72,7 @@ def test_a_run_that_ends_and_one_that_fails(root):
     assert again.id == "0002" and "already holds something" in again.log.read_text(encoding="utf-8")
 
 
-def test_an_adapter_goes_to_peft_and_into_its_base(tmp_path):
+def test_an_adapter_goes_to_peft_and_into_its_base():
     manifest = {
         "kind": "lora",
         "holds": "trained",
