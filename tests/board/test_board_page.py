@@ -236,7 +236,7 @@ def test_a_run_and_what_it_leaves(page, browser, board):
 def test_every_page_fits(browser, board, tmp_path, width, scheme):
     """Pictures of all pages stay in pytest's folder, to be looked at."""
     words = ["finetune", "full", "--trainable_layers", "10", "--train.max_steps", "2", "--out_dir", f"out/short{width}"]
-    run = runs.start(board.root, words, f"out/short{width}", 2, "10")
+    run = runs.start(board.root, words, f"out/short{width}", 2, "10", 12)
     wait_for(lambda: run.state == "done")
     page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     for path in ("/", "/runs", f"/runs/{run.id}", "/chat"):
