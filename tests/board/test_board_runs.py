@@ -26,7 +26,7 @@ def root(tmp_path):
 
 def begin(root, steps, *more):
     words = [*WORDS, "--train.max_steps", str(steps), *more]
-    return runs.start(root, words, "out/finetune/full", steps, "10,11")
+    return runs.start(root, words, "out/finetune/full", steps, "10,11", 12)
 
 
 def test_a_run_from_beginning_to_end(root, monkeypatch):
@@ -72,7 +72,7 @@ def test_a_run_that_ends_and_one_that_fails(root):
     assert again.id == "0002" and "already holds something" in again.log.read_text(encoding="utf-8")
 
 
-def test_an_adapter_goes_to_peft_and_into_its_base(tmp_path):
+def test_an_adapter_goes_to_peft_and_into_its_base():
     manifest = {
         "kind": "lora",
         "holds": "trained",
@@ -88,7 +88,7 @@ def test_an_adapter_goes_to_peft_and_into_its_base(tmp_path):
 
 def test_a_number_that_is_another_process_now(tmp_path):
     mine = runs._born(os.getpid())
-    run = runs.Run(tmp_path / "0001", ["finetune", "full"], "out/x", 1, "1", 0.0, os.getpid(), mine)
+    run = runs.Run(tmp_path / "0001", ["finetune", "full"], "out/x", 1, "1", 12, 0.0, os.getpid(), mine)
     assert run.alive
     other = replace(run, born=f"{mine}0")
     assert not other.alive and other.state == "failed"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
-from typing import Any, Optional
+from typing import Any
 
 from litfreeze.freeze.layers import format_layers
 from litfreeze.sizes import megabytes
@@ -120,15 +120,13 @@ def _timeline(plan: Mapping[str, Any]) -> str:
     )
 
 
-def looks_html(looks: Mapping[str, Mapping[str, float]], n_layer: Optional[int]) -> str:
+def looks_html(looks: Mapping[str, Mapping[str, float]], n_layer: int) -> str:
     """What the last look at each part of a model saw: a row each for gradient, update and drift, a cell for each part,
     the darker the more."""
     if not looks:
         return ""
-    inside = sorted((part for part in looks if part.isdecimal()), key=int)
-    depth = max(n_layer or 0, 1 + max(map(int, inside), default=-1))
     names = [part for part in ("embed",) if part in looks]
-    names += [str(block) for block in range(depth)]
+    names += [str(block) for block in range(n_layer)]
     names += [part for part in ("final_norm", "head") if part in looks]
     rows = []
     for column, told in (("grad_norm", "gradient"), ("update_ratio", "update"), ("drift", "drift")):

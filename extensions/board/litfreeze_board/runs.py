@@ -35,6 +35,7 @@ class Run:
         out_dir: Where the run writes, from the root.
         steps: How many it will make.
         layers: Blocks that train, as text.
+        n_layer: How many blocks the model has.
         pid, born: The process, and when the system says that it began: a number alone may be another's by now.
         asked: How often it was asked to stop.
     """
@@ -44,6 +45,7 @@ class Run:
     out_dir: str
     steps: Optional[int]
     layers: str
+    n_layer: int
     began: float
     pid: int
     born: str
@@ -119,7 +121,7 @@ def next_out_dir(root: Path, method: str) -> str:
         number += 1
 
 
-def start(root: Path, words: Sequence[str], out_dir: str, steps: Optional[int], layers: str) -> Run:
+def start(root: Path, words: Sequence[str], out_dir: str, steps: Optional[int], layers: str, n_layer: int) -> Run:
     """Starts `litfreeze WORDS`, which write to `out_dir`, in `root`."""
     number = 1 + max((int(run.id) for run in all_runs(root)), default=0)
     while True:
@@ -130,7 +132,7 @@ def start(root: Path, words: Sequence[str], out_dir: str, steps: Optional[int], 
         except FileExistsError:  # another has just begun, or never got further
             number += 1
     pid, born = _launch(root, words, folder / "log.txt")
-    run = Run(folder, list(words), out_dir, steps, layers, time.time(), pid, born)
+    run = Run(folder, list(words), out_dir, steps, layers, n_layer, time.time(), pid, born)
     run.write()
     return run
 

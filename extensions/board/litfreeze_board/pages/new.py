@@ -380,7 +380,8 @@ class NewRun:
             return
         plan = found["plan"]
         where = self.board.root.path
-        run = await aside.io_bound(runs.start, where, words, values["out_dir"], plan["steps"], plan["layers"])
+        about = plan["steps"], plan["layers"], found["model"]["n_layer"]
+        run = await aside.io_bound(runs.start, where, words, values["out_dir"], *about)
         ui.navigate.to(f"/runs/{run.id}")
 
     # ---- what follows from it ----

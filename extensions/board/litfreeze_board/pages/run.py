@@ -145,7 +145,7 @@ class OneRun:
         draw(self.plot, [line("training", train, 0, False), line("validation", val, 1, True)])
 
     def _show_blocks(self, looks: dict[str, dict[str, float]]) -> None:
-        self.looks.set_content(looks_html(looks, None) or "Nothing was seen yet.")
+        self.looks.set_content(looks_html(looks, self.run.n_layer) or "Nothing was seen yet.")
 
     def _show_left(self, found: list[tuple[Left, bool, bool]]) -> None:
         self.left.clear()
