@@ -96,7 +96,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+        # The client keeps connections for longer than a test: they would outlive this server
+        for name, value in {"Content-Length": str(len(content)), "Connection": "close", **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
