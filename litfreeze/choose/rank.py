@@ -142,22 +142,26 @@ def spectrum(checkpoint: Checkpoint, device: torch.device) -> Ranking:
     Spectrum ranks modules of one kind against each other by `signal_to_noise`, and nothing but their order counts: one
     ratio may be twenty times the others. A block's score is the mean over its modules of the share of the other blocks
     whose module of that kind has a lower ratio, an equal one counting half."""
-    modules: dict[str, list[Optional[float]]] = defaultdict(list)
+    n_layer = checkpoint.config.n_layer
+    modules: dict[str, list[Optional[float]]] = {}  # None for a block that has no such module: experts, or one MLP
     names = [name for name in linear_layers(checkpoint.config) if block_of(name) is not None]
     for name in _progress(names, "weight"):
         weight = checkpoint.read(f"{name}.weight")
         values = singular_values(weight, device)
         if not values.isfinite().all():
             raise UsageError(f"{checkpoint.path}: {name}.weight holds values that are NaN or infinite.")
-        modules[name.split(".", 2)[2]].append(signal_to_noise(values, weight.shape))
-    beaten = [[_beaten(ratios, i) for ratios in modules.values()] for i in range(checkpoint.config.n_layer)]
-    return Ranking("spectrum", {}, [sum(shares) / len(shares) for shares in beaten], dict(modules))
+        modules.setdefault(name.split(".", 2)[2], [None] * n_layer)[block_of(name)] = signal_to_noise(
+            values, weight.shape
+        )
+    beaten = [[_beaten(ratios, i) for ratios in modules.values() if ratios[i] is not None] for i in range(n_layer)]
+    return Ranking("spectrum", {}, [sum(shares) / len(shares) for shares in beaten], modules)
 
 
-def _beaten(ratios: Sequence[float], i: int) -> float:
+def _beaten(ratios: Sequence[Optional[float]], i: int) -> float:
     """The share of the other `ratios` that are lower than the one at `i`, equal ones counting half."""
-    lower = sum((ratio < ratios[i]) + 0.5 * (ratio == ratios[i]) for ratio in ratios) - 0.5  # itself
-    return lower / max(1, len(ratios) - 1)
+    there = [ratio for ratio in ratios if ratio is not None]
+    lower = sum((ratio < ratios[i]) + 0.5 * (ratio == ratios[i]) for ratio in there) - 0.5  # itself
+    return lower / max(1, len(there) - 1)
 
 
 def singular_values(weight: Tensor, device: torch.device) -> Tensor:
@@ -231,7 +235,8 @@ def gradient(
         squares.clear()
 
     def relative(i: int, kind: str) -> Optional[float]:
-        return sums[i, kind] / len(batches) / weights[i, kind] if weights[i, kind] else None
+        length = weights.get((i, kind))  # of no module, where a block has one MLP and others have experts
+        return sums[i, kind] / len(batches) / length if length else None
 
     return [relative(i, "") or 0.0 for i in blocks], {kind: [relative(i, kind) for i in blocks] for kind in kinds}
 

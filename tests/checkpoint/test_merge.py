@@ -60,7 +60,7 @@ def test_merged_logits_are_those_of_base_and_adapter(family, data):
         checkpoint = adapted(base, targets=targets, r=data.draw(st.integers(1, 5)), **more)
         expected, merged = logits(checkpoint), fold([checkpoint])
         scale = max(1.0, expected.abs().max().item())
-        assert (logits(merged) - expected).abs().max().item() <= 5e-5 * scale  # Gemma's norms make more of a rounding
+        assert (logits(merged) - expected).abs().max().item() <= 3e-4 * scale  # Gemma's norms make more of a rounding
         assert not torch.allclose(expected, logits(base), atol=1e-3)
         assert merged.config.tie_embeddings == (base.config.tie_embeddings and "head" not in checkpoint.lora.ranks)
         assert merged.lora is None and merged.base is None

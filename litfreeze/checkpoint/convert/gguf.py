@@ -131,7 +131,8 @@ def gguf_links(config: Config, model_type: str, ours: Mapping[str, Any]) -> list
     found = []
     for link in links(config, model_type, ours):
         module = link.ours[0].split(".")[-2]
-        layout: Any = Stacked(transposed=False) if len(link.ours) > 1 else Plain()
+        rows = [n * config.head_size for n in (config.n_head, config.n_query_groups, config.n_query_groups)]
+        layout: Any = Stacked(rows, transposed=False) if len(link.ours) > 1 else Plain()  # q, k and v
         layout = Interleaved(heads[module]) if module in heads else layout
         found.append(Link(names.get_name(link.hf, (".weight", ".bias")), link.ours, layout))
     return found
