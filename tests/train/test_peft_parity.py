@@ -21,7 +21,10 @@ from litfreeze.train.args import EvalArgs, TrainArgs
 RECORDS, EPOCHS, BATCH, LR, SEED = 32, 3, 4, 1e-3, 7
 
 
-@pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["LoRA", "rsLoRA", "DoRA"])
+KINDS = [{}, pytest.param({"use_rslora": True}, marks=pytest.mark.matrix), {"use_dora": True}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["LoRA", "rsLoRA", "DoRA"])
 def test_the_losses_are_those_of_peft(smollm2, tmp_path, kind):
     lines = TRAIN_FILE.read_text(encoding="utf-8").splitlines()[:RECORDS]
     data = tmp_path / "data.jsonl"
