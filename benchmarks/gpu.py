@@ -102,7 +102,6 @@ def prepare(folder: Path, size: Size, tiny: bool, accelerator: str) -> dict[str,
     from litfreeze.data.args import DataArgs
     from litfreeze.data.prompt import Prompt
     from litfreeze.data.samples import load_samples
-    from litfreeze.freeze.savings import matmul_rate
     from litfreeze.presets import PRESETS
     from litfreeze.scripts.convert import to_hf
     from litfreeze.scripts.init import setup as init
@@ -148,6 +147,23 @@ def prepare(folder: Path, size: Size, tiny: bool, accelerator: str) -> dict[str,
 
 
 # --- in a process of its own: a row ----------------------------------------------------------------------------------
+
+
+def matmul_rate(device: Any, dtype: Any, seconds: float) -> float:
+    """FLOPs per second of a square product, the best seen within `seconds`."""
+    import torch
+
+    size = 4096 if device.type == "cuda" else 768
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    fastest, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        b = a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - start)
+    del b
+    return 2 * size**3 / fastest
 
 
 def run_litfreeze(row: Row, folder: Path, size: Size, accelerator: str) -> Told:

@@ -2,19 +2,15 @@
 
 Counted are matrix products, a multiply and an add being two FLOPs; norms, softmax and the optimizer come on top."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
-
-import torch
 
 from litfreeze.data.samples import IGNORE, Sample
 from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.lora import linear_layers
 from litfreeze.sizes import megabytes
 
-USUAL = 0.65  # of the rate of large matrix products, in training
 READS, WRITES = 500e6, 200e6  # bytes per second that any disk gives
 
 
@@ -40,24 +36,51 @@ class Rows:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one pass over some rows: forward below the lowest trained block, forward above it, and backward."""
+    """FLOPs of one pass over some rows: forward below the lowest trained block, forward above it, backward, and all of
+    the head."""
 
     prefix: int
     forward: int
     backward: int
+    head: int
 
     @property
     def total(self) -> int:
-        return self.prefix + self.forward + self.backward
+        return self.prefix + self.above
+
+    @property
+    def above(self) -> int:
+        """Without what is below the lowest trained block."""
+        return self.forward + self.backward + self.head
 
 
-def work(plan: FreezePlan, rows: Rows) -> Work:
+@dataclass(frozen=True)
+class Speed:
+    """What a machine reaches of each kind of `Work`, in FLOP/s, and what the optimizer's step takes for a parameter
+    that trains, in seconds. A `backward` of None: there is none."""
+
+    prefix: float
+    forward: float
+    backward: float
+    head: float
+    step: float = 0.0
+
+    def seconds(self, done: Work, kept: bool = False) -> float:
+        """Of `done`, without optimizer steps; with the prefix `kept`, of what is above it."""
+        above = done.forward / self.forward + done.backward / self.backward + done.head / self.head
+        return above if kept else above + done.prefix / self.prefix
+
+
+def work(plan: FreezePlan, rows: Rows, block: Optional[int] = None) -> Work:
     """What one pass of training over `rows` costs: the head, and in the last block all but keys and values, run for
-    targets only; backward goes down to the lowest trained block, and makes weight gradients for what trains."""
+    targets only; backward goes down to the lowest trained block, and makes weight gradients for what trains. Of one
+    `block` alone, if asked."""
     config, lowest = plan.config, max(plan.lowest, 0)
-    prefix = forward = backward = 0
+    prefix = forward = backward = head = 0
     for name, (out, into) in linear_layers(config).items():
         i = block_of(name)
+        if block is not None and i != block:
+            continue
         last = i is None or (i == config.n_layer - 1 and not name.endswith(("k_proj", "v_proj")))
         through = 2 * (rows.targets if last else rows.tokens)
         if ".experts." in name:  # the router spreads the rows, evenly in the mean
@@ -65,52 +88,60 @@ def work(plan: FreezePlan, rows: Rows) -> Work:
         product = through * out * into
         r = plan.lora.ranks.get(name, 0) if plan.lora is not None else 0
         adapter = through * r * (out + into)
-        if i is not None and i < lowest:
-            prefix += product
-            continue
-        forward += product + adapter
         weight = "embed.weight" if name == "head" and config.tie_embeddings else f"{name}.weight"
-        backward += product * (1 + (weight in plan.trained)) + 2 * adapter
+        back = product * (1 + (weight in plan.trained)) + 2 * adapter
+        if i is None:
+            head += product + adapter + back
+        elif i < lowest:
+            prefix += product
+        else:
+            forward += product + adapter
+            backward += back
     pairs = 4 * config.n_head * config.head_size * rows.pairs  # scores, and what they weigh
-    above = config.n_layer - lowest
-    return Work(prefix + lowest * pairs, forward + above * pairs, backward + 2 * above * pairs)
+    below = lowest if block is None else int(block < lowest)
+    above = (config.n_layer if block is None else 1) - below
+    return Work(prefix + below * pairs, forward + above * pairs, backward + 2 * above * pairs, head)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.05) -> float:
-    """FLOPs per second of a square product, the best seen within `seconds`."""
-    size = 4096 if device.type == "cuda" else 768
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    fastest, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        b = a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        fastest = min(fastest, time.perf_counter() - start)
-    del b
-    return 2 * size**3 / fastest
+@dataclass(frozen=True)
+class Pass:
+    """One pass over `rows` in `steps` steps, as `plan` trains: what it is in arithmetic, and in seconds."""
+
+    done: Work
+    speed: Speed
+    stepping: float
+
+    @classmethod
+    def of(cls, plan: FreezePlan, rows: Rows, speed: Speed, steps: int) -> "Pass":
+        return cls(work(plan, rows), speed, steps * plan.n_trained * speed.step)
+
+    @property
+    def seconds(self) -> float:
+        return self.speed.seconds(self.done) + self.stepping
+
+    @property
+    def cached(self) -> float:
+        """Seconds once the prefix is kept."""
+        return self.speed.seconds(self.done, kept=True) + self.stepping
 
 
-def usual_seconds(flops: float, rate: float) -> float:
-    """How long so many FLOPs of training take at `rate`, in FLOP/s, of large matrix products."""
-    return flops / rate / USUAL
-
-
-def describe_savings(plan: FreezePlan, rows: Rows, rate: float, kept: Optional[int], unit: str = "epoch") -> str:
-    """A table of what one pass over `rows` costs if everything trains, with this plan and, where what comes out of the
-    frozen prefix is kept (in `kept` bytes), once it is. `rate` is in FLOP/s."""
-    mine = work(plan, rows)
-    table = [("everything", work(FreezePlan.everything(plan.config), rows).total, ""), ("this plan", mine.total, "")]
+def describe_savings(mine: Pass, everything: Pass, tokens: int, kept: Optional[int], unit: str = "epoch") -> str:
+    """A table of what one pass over so many `tokens` costs if everything trains, as it is and, where what comes out of
+    the frozen prefix is kept (in `kept` bytes), once it is."""
+    table = [
+        ("everything", everything.done.total, everything.seconds, ""),
+        ("this plan", mine.done.total, mine.seconds, ""),
+    ]
     if kept is not None:
-        table.append(("cache full", mine.forward + mine.backward, f"{megabytes(kept)} kept"))
+        table.append(("cache full", mine.done.above, mine.cached, f"{megabytes(kept)} kept"))
     head = f"seconds per {unit}"
+    rate = mine.done.total / max(mine.seconds, 1e-9)
     lines = [
-        f"Arithmetic, at {rate / 1e9:,.0f} GFLOP/s measured here, {USUAL:.0%} of which training usually reaches:",
+        f"Arithmetic, in the time that one block and the head take here ({rate / 1e9:,.0f} GFLOP/s in this plan):",
         f"{'':>10}  {'FLOPs per token':>15}  {head}",
     ]
-    for label, flops, note in table:
-        seconds = f"{usual_seconds(flops, rate):>{len(head)},.1f}"
-        lines.append(f"{label:>10}  {_flops(flops / rows.tokens):>15}  {seconds}  {note}".rstrip())
+    for label, flops, seconds, note in table:
+        lines.append(f"{label:>10}  {_flops(flops / tokens):>15}  {seconds:>{len(head)},.1f}  {note}".rstrip())
     return "\n".join(lines)
 
 

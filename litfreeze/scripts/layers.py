@@ -58,9 +58,12 @@ def setup(
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
     from litfreeze.freeze.memory import Thrift, describe_memory
-    from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
+    from litfreeze.freeze.plan import FreezePlan
+    from litfreeze.freeze.savings import Pass, Rows, describe_savings
     from litfreeze.freeze.words import plan_from_words
     from litfreeze.precision import PRECISIONS, default_precision
+    from litfreeze.train.args import TrainArgs
+    from litfreeze.train.speed import measure_speed
 
     if micro_batch_size < 1 or max_seq_length < 1:
         raise UsageError("--micro_batch_size and --max_seq_length must be at least 1.")
@@ -92,5 +95,9 @@ def setup(
     print(f"{describe_memory(plan, kept, base.dtype, tokens, tokens, thrift)}\n")
     rows = Rows.full(RECORDS, max_seq_length)
     size = rows.tokens * plan.config.n_embd * kept.stream.itemsize if plan.lowest > 0 else None
-    rate = matmul_rate(device, kept.compute)
-    print(describe_savings(plan, rows, rate, size, f"{RECORDS:,} records of {max_seq_length}"))
+    steps, batch = -(-RECORDS // TrainArgs.global_batch_size), (micro_batch_size, max_seq_length)
+    passes = (
+        Pass.of(each, rows, measure_speed(each, kept, base.dtype, device, *batch, activation_checkpointing), steps)
+        for each in (plan, FreezePlan.everything(plan.config))
+    )
+    print(describe_savings(*passes, rows.tokens, size, f"{RECORDS:,} records of {max_seq_length}"))

@@ -22,7 +22,7 @@ from litfreeze.fields import DROPOUT
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import Thrift, describe_memory, estimate_memory
 from litfreeze.freeze.plan import FreezePlan, Part
-from litfreeze.freeze.savings import Rows, describe_savings, matmul_rate
+from litfreeze.freeze.savings import Pass, Rows, describe_savings
 from litfreeze.freeze.thaw import Stage
 from litfreeze.outputs import FINAL, RECIPE, RESULTS
 from litfreeze.sizes import megabytes
@@ -32,6 +32,7 @@ from litfreeze.train.loop import Schedule
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.outcome import Outcome, Scores
 from litfreeze.train.pictures import draw_blocks, draw_confusion, draw_losses
+from litfreeze.train.speed import measure_speed
 from litfreeze.train.watch import ROWS, Seen
 
 
@@ -88,8 +89,21 @@ class Report:
         """What an epoch of `stage` will cost, and what freezing saves of it. `cache` says what became of the frozen
         prefix."""
         rows = Rows.of(self.samples.train)
-        rate = matmul_rate(self.device, self.job.precision.compute)
-        return "\n".join([describe_savings(stage.plan, rows, rate, kept), "", _of_cache(cache), ""])
+        passes = (self.epoch_of(plan, rows) for plan in (stage.plan, FreezePlan.everything(self.job.plan.config)))
+        return "\n".join([describe_savings(*passes, rows.tokens, kept), "", _of_cache(cache), ""])
+
+    def epoch_of(self, plan: FreezePlan, rows: Rows) -> Pass:
+        """What an epoch over the training records, `rows`, is if this plan trains."""
+        speed = measure_speed(
+            plan,
+            self.job.precision,
+            self.job.checkpoint.dtype,
+            self.device,
+            self.job.train.micro_batch_size,
+            rows.tokens // len(self.samples.train),
+            self.job.train.activation_checkpointing,
+        )
+        return Pass.of(plan, rows, speed, self.schedule.steps_per_epoch)
 
     def next_stage(self, stage: Stage, last: Stage, cache: str) -> str:
         """What begins to train and what ceases to and, where the frozen prefix is another one now, what became of it:

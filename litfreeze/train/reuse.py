@@ -15,7 +15,7 @@ from litfreeze.errors import UsageError
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.plan import FreezePlan, block_of
-from litfreeze.freeze.savings import READS, WRITES, Rows, matmul_rate, work
+from litfreeze.freeze.savings import READS, WRITES, Rows, work
 from litfreeze.freeze.thaw import Stage
 from litfreeze.model import GPT
 from litfreeze.prefix.folder import default_cache_dir, make_room
@@ -24,6 +24,7 @@ from litfreeze.prefix.store import ActivationStore
 from litfreeze.sizes import megabytes, parse_size
 from litfreeze.train.job import Job
 from litfreeze.train.loop import Schedule
+from litfreeze.train.speed import measure_speed
 
 
 @dataclass(frozen=True)
@@ -178,12 +179,14 @@ def _seconds(
     every: int,
     lacks: int,
 ) -> tuple[float, float]:
-    """What keeping it saves and costs over so many passes over some samples, by this machine's rate of matrix products
-    and a slow disk's. Of the `every` bytes, `lacks` are to be made."""
+    """What keeping it saves and costs over so many passes over some samples, by this machine's speed and a slow disk's.
+    Of the `every` bytes, `lacks` are to be made."""
     count = sum(len(part) for part, _ in passes)
     flops = read = 0.0
     for part, times in passes:
         spared = max(0.0, times - lacks / max(1, every))
         flops += spared * work(plan, Rows.of(part)).prefix
         read += spared * every * len(part) / max(1, count)
-    return flops / matmul_rate(device, job.precision.compute), lacks / WRITES + read / READS
+    mean = Rows.of(passes[0][0]).tokens // len(passes[0][0])
+    speed = measure_speed(plan, job.precision, job.checkpoint.dtype, device, job.train.micro_batch_size, mean, False)
+    return flops / speed.prefix, lacks / WRITES + read / READS

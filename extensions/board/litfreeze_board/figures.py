@@ -67,7 +67,7 @@ def _speed(plan: Mapping[str, Any]) -> str:
             f"{duration(first['cached_epoch'])} once blocks {first['prefix']} are kept, in {megabytes(first['kept'])}"
         )
     speed = plan["tokens"] * epochs / max(whole, 1e-9)
-    lines.append(f"{speed:,.0f} tokens/s at {plan['rate'] / 1e9:,.0f} GFLOP/s measured here; arithmetic alone")
+    lines.append(f"{speed:,.0f} tokens/s, as one block and the head take here")
     return _tile("Time", f"≈ {duration(whole)}", lines)
 
 

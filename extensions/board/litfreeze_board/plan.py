@@ -6,7 +6,6 @@ These functions run in the helper process (helper.py), and return what JSON can 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -27,7 +26,7 @@ from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import Thrift, estimate_memory
 from litfreeze.freeze.plan import EXTRAS, FreezePlan, Part, part_of
 from litfreeze.freeze.rates import parse_rates, rate_groups
-from litfreeze.freeze.savings import Rows, matmul_rate, usual_seconds, work
+from litfreeze.freeze.savings import Pass, Rows
 from litfreeze.freeze.thaw import Stage
 from litfreeze.lora import is_lora
 from litfreeze.outputs import RUNS
@@ -128,18 +127,13 @@ def _samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
     return _read[made_of]
 
 
-@cache
-def _rate(device: torch.device, dtype: torch.dtype) -> float:
-    return matmul_rate(device, dtype)
-
-
 def _numbers(device: torch.device, job: Job, prepared: Prepared) -> dict[str, Any]:
     plan, schedule, stages = job.plan, prepared.schedule, prepared.stages
     report = Report(job, prepared.samples, schedule, device, stages)
     keeper = Keeper(job, job.out_dir or RUNS, prepared.samples, schedule, stages, prepared.prompt)
     rows = Rows.of(prepared.samples.train)
-    rate = _rate(device, job.precision.compute)
-    times = [_time(stage, rows, rate, job, schedule.steps_per_epoch) for stage in stages]
+    everything = report.epoch_of(FreezePlan.everything(plan.config), rows)
+    epochs = [report.epoch_of(stage.plan, rows) for stage in stages]
     return {
         "summary": plan.summary(),
         "table": plan.table(job.train.lr),
@@ -157,9 +151,11 @@ def _numbers(device: torch.device, job: Job, prepared: Prepared) -> dict[str, An
         "memory": _memory(report),
         "disk": keeper.most(),
         "tokens": rows.tokens,
-        "rate": rate,
-        "everything_epoch": usual_seconds(work(FreezePlan.everything(plan.config), rows).total, rate),
-        "stages": times,
+        "everything_epoch": everything.seconds,
+        "stages": [
+            _time(stage, epoch, rows.tokens, job, schedule.steps_per_epoch)
+            for stage, epoch in zip(stages, epochs, strict=True)
+        ],
         "thaws": job.thawing.describe() if job.thawing else "",
     }
 
@@ -183,9 +179,8 @@ def _memory(report: Report) -> dict[str, Any]:
     }
 
 
-def _time(stage: Stage, rows: Rows, rate: float, job: Job, steps_per_epoch: int) -> dict[str, Any]:
+def _time(stage: Stage, epoch: Pass, tokens: int, job: Job, steps_per_epoch: int) -> dict[str, Any]:
     """One stage: when it is, what trains, what an epoch of it takes as it is and once its prefix is kept."""
-    mine = work(stage.plan, rows)
     kept = stage.untouched > 0 and job.frozen.cache != "off"
     width = job.precision.stream if job.frozen.cache_dtype == "auto" else getattr(torch, job.frozen.cache_dtype)
     return {
@@ -193,10 +188,10 @@ def _time(stage: Stage, rows: Rows, rate: float, job: Job, steps_per_epoch: int)
         "stop": stage.stop,
         "blocks": stage.plan.layers,
         "trained": stage.plan.n_trained,
-        "epoch": usual_seconds(mine.total, rate),
-        "cached_epoch": usual_seconds(mine.forward + mine.backward, rate) if kept else None,
+        "epoch": epoch.seconds,
+        "cached_epoch": epoch.cached if kept else None,
         "prefix": format_layers(range(stage.untouched)) if kept else "",
-        "kept": rows.tokens * job.plan.config.n_embd * width.itemsize if kept else 0,
+        "kept": tokens * job.plan.config.n_embd * width.itemsize if kept else 0,
         "epochs": (stage.stop - stage.start) / steps_per_epoch,
     }
 
