@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +160,23 @@ class InMemory(dict):
 
     def __getitem__(self, name: str) -> Tensor:
         return super().__getitem__(name).clone()
+
+
+def paths_of(checkpoint_dir: Union[str, Path, list[str], None]) -> list[str]:
+    """'a,b' and ['a', 'b'] are two checkpoints; a directory whose own name has a comma is one; None is none. Raises
+    UsageError for an empty name."""
+    if checkpoint_dir is None:
+        return []
+    if isinstance(checkpoint_dir, (list, tuple)):
+        paths = [str(path) for path in checkpoint_dir]
+    else:
+        text = str(checkpoint_dir)
+        paths = [part.strip() for part in text.split(",")]
+        with suppress(OSError):  # of a name that is too long
+            paths = [text] if Path(text).is_dir() else paths
+    if not paths or "" in paths:
+        raise UsageError("--checkpoint_dir has an empty part.")
+    return [str(Path(path).expanduser()) for path in paths]
 
 
 def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, force_base: bool = False) -> Checkpoint:

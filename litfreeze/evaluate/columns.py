@@ -1,11 +1,10 @@
 """What stands side by side: the checkpoints that were named, and before them the bases they began from."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
-from litfreeze.checkpoint.directory import Checkpoint, open_beneath, open_checkpoint
+from litfreeze.checkpoint.directory import Checkpoint, open_beneath, open_checkpoint, paths_of
 from litfreeze.checkpoint.hub import origin
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import LitfreezeError, UsageError
@@ -25,7 +24,7 @@ def columns_of(
 ) -> tuple[list[Column], list[str]]:
     """The columns of the table, and what the person is told about them. Raises UsageError for what is no checkpoint,
     and where classifiers and language models are named together."""
-    paths = _several(checkpoint_dir)
+    paths = paths_of(checkpoint_dir) or [str(MODEL_DIR)]
     opened = [(path, open_checkpoint(path, base_dir)) for path in paths]
     if len({bool(checkpoint.config.labels) for _, checkpoint in opened}) > 1:
         raise UsageError("--checkpoint_dir names classifiers and language models: no figure is common to them.")
@@ -53,22 +52,6 @@ def _base_of(checkpoint: Checkpoint) -> tuple[Optional[Checkpoint], str]:
     if checkpoint.config.labels and not base.config.labels:
         return None, "its base is a language model, which knows no classes, and is left out."
     return base, ""
-
-
-def _several(checkpoint_dir: Union[str, list[str], None]) -> list[str]:
-    """'a,b' and ['a', 'b'] are two; a directory whose own name has a comma is one."""
-    if checkpoint_dir is None:
-        return [str(MODEL_DIR)]
-    if isinstance(checkpoint_dir, (list, tuple)):
-        paths = [str(path) for path in checkpoint_dir]
-    else:
-        text = str(checkpoint_dir)
-        paths = [part.strip() for part in text.split(",")]
-        with suppress(OSError):  # of a name that is too long
-            paths = [text] if Path(text).is_dir() else paths
-    if not paths or "" in paths:
-        raise UsageError("--checkpoint_dir has an empty part.")
-    return [str(Path(path).expanduser()) for path in paths]
 
 
 def _name(path: str) -> str:

@@ -1,6 +1,5 @@
 """`litfreeze merge_lora` and `litfreeze merge_delta`: what trained, folded into its base."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Optional, Union
 
@@ -30,11 +29,11 @@ def merge_lora(
         dtype: Write in this dtype in place of the base's; float32 rounds nothing away.
         force_base: Accept a base with other weights than the adapter was trained on.
     """
-    from litfreeze.checkpoint.directory import TRAINED, open_checkpoint
+    from litfreeze.checkpoint.directory import TRAINED, open_checkpoint, paths_of
     from litfreeze.errors import UsageError
     from litfreeze.outputs import last_checkpoint
 
-    paths = _several(checkpoint_dir) or [str(last_checkpoint("lora", TRAINED))]
+    paths = paths_of(checkpoint_dir) or [str(last_checkpoint("lora", TRAINED))]
     shares = _shares(weights, scale, paths)
     parts = [open_checkpoint(path, base_dir, force_base) for path in paths]
     for part in parts:
@@ -109,24 +108,6 @@ def _beside(path: Union[str, Path], ending: str) -> Path:
     path = Path(path)
     path = path if path.name not in ("", "..") else path.resolve()
     return path.with_name(f"{path.name}{ending}")
-
-
-def _several(checkpoint_dir: Union[str, Path, list[str], None]) -> list[str]:
-    """'a,b' and ['a', 'b'] are two directories; a directory whose own name has a comma is one."""
-    from litfreeze.errors import UsageError
-
-    if checkpoint_dir is None:
-        return []
-    if isinstance(checkpoint_dir, (list, tuple)):
-        paths = [str(path) for path in checkpoint_dir]
-    else:
-        text = str(checkpoint_dir)
-        paths = [part.strip() for part in text.split(",")]
-        with suppress(OSError):  # of a name that is too long
-            paths = [text] if Path(text).is_dir() else paths
-    if not paths or "" in paths:
-        raise UsageError("--checkpoint_dir has an empty part.")
-    return [str(Path(path).expanduser()) for path in paths]
 
 
 def _shares(weights: Union[str, float, list[float], None], scale: float, paths: list[str]) -> list[float]:

@@ -104,6 +104,7 @@ def _block_rates(
     x.requires_grad_(part.trains)
 
     def run() -> Tensor:
+        gpt.zero_grad()  # a step makes its gradients anew
         return gpt.run_blocks(x, positions, attention, i, i + 1, recompute=recompute and part.trains)
 
     with torch.set_grad_enabled(part.trains), _autocast(precision, device):
