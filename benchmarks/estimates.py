@@ -1,7 +1,7 @@
 """What a run is told it will cost, beside what it costs: python benchmarks/estimates.py MODEL_DIR
 
 A process trains the embedded model first, so that all is imported and warm; what MODEL_DIR then adds to its memory is
-compared with the estimate that the run prints, and the time of its steps with that of its arithmetic. Linux."""
+compared with the estimate that the run prints, and the time of its steps with what it was told to be. Linux."""
 
 import argparse
 import json
@@ -28,28 +28,7 @@ STEPS, BATCH, WORDS = 6, 4, 180
 def records(path: Path) -> Path:
     """Records of one length, so that every micro-batch is the longest."""
     draw = random.Random(0)
-    words = [
-        "the",
-        "of",
-        "and",
-        "to",
-        "in",
-        "is",
-        "that",
-        "it",
-        "was",
-        "for",
-        "on",
-        "are",
-        "with",
-        "as",
-        "his",
-        "they",
-        "at",
-        "be",
-        "this",
-        "from",
-    ]
+    words = "the of and to in is that it was for on are with as his they at be this from".split()
     with path.open("w", encoding="utf-8") as lines:
         for _ in range(STEPS * BATCH):
             text = " ".join(draw.choice(words) for _ in range(WORDS))
