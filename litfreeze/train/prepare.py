@@ -22,6 +22,7 @@ from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.compiled import check_compile
 from litfreeze.train.fused import check_fused_backward
 from litfreeze.train.job import Job
+from litfreeze.train.loggers import check_logger
 from litfreeze.train.loop import Schedule
 from litfreeze.train.optim import check_optimizer
 from litfreeze.train.reuse import check_reuse
@@ -54,6 +55,8 @@ def prepare(fabric: Fabric, job: Job, read: Optional[Callable[[Job, Tokenizer, P
     if job.compile:
         check_compile(job.frozen, job.checkpoint.config, fabric.device)
     check_new_blocks(job.checkpoint, job.plan)
+    if fabric.is_global_zero:
+        check_logger(job)
     if isinstance(fabric.strategy, Sharded):
         check_sharding(job, fabric.strategy.form)
     elif job.frozen.shard_frozen:
