@@ -38,7 +38,7 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
     """The options a run goes by: those given or, with `resume`, those of the interrupted run, whose folder `out_dir` is
     then; `auto` beside an `out_dir` begins there, if nothing is to go on from. Raises UsageError if there is nothing to
     resume, or options are given that could not be honoured."""
-    given = SimpleNamespace(**{name: _plain(value) for name, value in options.items()})
+    given = SimpleNamespace(**{name: plain(value) for name, value in options.items()})
     if not 0 <= given.seed < 2**32:
         raise UsageError(f"--seed {given.seed} must be from 0 to {2**32 - 1}.")
     for name in ("checkpoint_dir", "base_dir"):
@@ -249,8 +249,8 @@ def _fields(value: Any) -> Any:
     return vars(value) if is_dataclass(value) else value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Ranges, arrays, sets and their like, as Python gives them for layers, as plain lists."""
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value
