@@ -50,11 +50,6 @@ def test_a_call_is_the_command_to_the_bit(tmp_path, capsys, method, call, words)
     assert result.outcome.after.loss == json.loads((tmp_path / "line/results.json").read_text())["after"]["loss"]
 
 
-def test_quiet_prints_nothing(tmp_path, capsys):
-    litfreeze.finetune(trainable_layers="11", out_dir=tmp_path / "run", quiet=True, **QUICK)
-    assert capsys.readouterr().out == ""
-
-
 def test_a_config_stands_below_what_is_given(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("trainable_layers: 3\ntrain:\n  lr: 1e-3\n  max_steps: 9\n", encoding="utf-8")
     named = {}
@@ -131,13 +126,13 @@ def test_the_import_is_light():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_it_runs_in_a_thread_that_is_not_the_main_one(tmp_path):
+def test_it_runs_in_another_thread_and_is_quiet_if_asked(tmp_path, capsys):
     found = []
     work = {"trainable_layers": "11", "out_dir": tmp_path / "run", "quiet": True, **QUICK}
     thread = threading.Thread(target=lambda: found.append(litfreeze.finetune(**work)))
     thread.start()
     thread.join()
-    assert found[0].checkpoint_dir.is_dir()
+    assert found[0].checkpoint_dir.is_dir() and capsys.readouterr().out == ""
 
 
 def test_several_devices_are_refused_at_a_prompt(monkeypatch):

@@ -88,6 +88,16 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_mlflow(tmp_path, records, clie
         assert told == table(tmp_path / "run", name), name
 
 
+def test_a_resumed_run_may_leave_its_logger(tmp_path, records, client):
+    log = LogArgs(project="intents")
+    with ctrl_c_in_step(6), pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", records, logger_name="mlflow", log=log)
+    finetune_full(resume=tmp_path / "run", logger_name="csv")
+    [found] = client.search_runs([client.get_experiment_by_name("intents").experiment_id])
+    assert found.info.status == "FAILED" and "after/loss" not in found.data.metrics
+    assert [step for step, _ in table(tmp_path / "run", "train_loss")] == [1, 2, 3, 4, 5, 6]
+
+
 def wandb_records(file: Path) -> list:
     """What a .wandb file holds: records in blocks of 32 KiB, as LevelDB's log has them, behind 7 bytes of W&B's own."""
     from wandb.proto.wandb_internal_pb2 import Record
