@@ -1,32 +1,18 @@
-"""Where the figures of a run go beside its CSV files: TensorBoard, Weights & Biases, MLflow.
+"""Where the figures of a run go beside its CSV files: TensorBoard, Weights & Biases, MLflow."""
 
-Each is asked from a thread of its own (`Aside`): a server that is slow, away or broken can neither hold up a run nor
-end it. What stands in metrics.csv and blocks.csv is whole in any case."""
-
-import json
 import math
-import queue
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
-from litfreeze.checkpoint.tensors import write_text
-from litfreeze.errors import UsageError
-from litfreeze.freeze.layers import format_layers
-from litfreeze.json_file import read_json
-from litfreeze.outputs import LOGGER
 from litfreeze.train.args import LogArgs
-from litfreeze.train.job import Job
 
 PATIENCE = 30.0  # seconds that a finished run waits for what a logger has still to take
 AWAY = 20.0  # seconds after which W&B's server is taken to be away
 PROJECT = "litfreeze"
 MOST = 1000  # metrics that MLflow takes at once
-NEEDS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,6 @@ class TensorBoard:
     def begin(self, run: Run) -> tuple[Optional[str], str]:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.last = run.resumed_at
         purge = run.resumed_at + 1 if run.resumed_at else None  # of later steps what an earlier part had written
         self.writer = SummaryWriter(str(run.out_dir / "tensorboard"), purge_step=purge)
         return None, ""
@@ -123,7 +108,7 @@ class WandB:
             self.run = wandb.init(**options)
         except wandb.errors.Error as error:
             self.run = wandb.init(**options, mode="offline")
-            told = f"W&B: {_short(error)} What it would get is kept: wandb sync {Path(self.run.dir).parent} sends it."
+            told = f"W&B: {short(error)} What it would get is kept: wandb sync {Path(self.run.dir).parent} sends it."
         self.run.define_metric("*", step_metric="step")
         return self.run.id, told
 
@@ -147,13 +132,16 @@ class MLflow:
         from mlflow.tracking import MlflowClient
 
         self.client, self.metric, self.last = MlflowClient(), Metric, run.resumed_at
+        self.had: dict[str, set[int]] = {}  # by metric: the steps told by an earlier part, which may have been killed
+        self.resumed = False
         if run.known:
             try:
                 self.id = self.client.get_run(run.known).info.run_id
                 self.client.update_run(self.id, status="RUNNING")
+                self.resumed = True
                 return self.id, ""
             except MlflowException as error:
-                told = f"MLflow: the run before is not there, so a new one goes on. ({_short(error)})"
+                told = f"MLflow: the run before is not there, so a new one goes on. ({short(error)})"
         name = run.log.project or PROJECT
         experiment = self.client.get_experiment_by_name(name)
         where = experiment.experiment_id if experiment is not None else self.client.create_experiment(name)
@@ -162,10 +150,18 @@ class MLflow:
         return self.id, told if run.known else ""
 
     def log(self, rows: Sequence[Row]) -> None:
-        found = [self.metric(n, v, int(row.time * 1000), row.step) for row in rows for n, v in row.values.items()]
+        told = [
+            (name, value, row) for row in rows for name, value in row.values.items() if self._is_new(name, row.step)
+        ]
+        found = [self.metric(name, value, int(row.time * 1000), row.step) for name, value, row in told]
         for first in range(0, len(found), MOST):
             self.client.log_batch(self.id, metrics=found[first : first + MOST])
         self.last = rows[-1].step
+
+    def _is_new(self, name: str, step: int) -> bool:
+        if self.resumed and name not in self.had:
+            self.had[name] = {one.step for one in self.client.get_metric_history(self.id, name)}
+        return step not in self.had.get(name, ())
 
     def close(self, summary: Mapping[str, float], failed: bool) -> None:
         if summary:
@@ -174,116 +170,6 @@ class MLflow:
 
 
 LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-
-
-class Aside:
-    """A logger in a thread of its own. What goes wrong there is kept for `news`, once, and ends the logger alone."""
-
-    def __init__(self, name: str, run: Run) -> None:
-        self.name, self.run, self.logger = name, run, LOGGERS[name]()
-        self.purges = name == "tensorboard"  # what it was told of later steps
-        self.known = self.purges or run.known is not None  # it has what an earlier part told
-        self.waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.told: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name="litfreeze-log", daemon=True)
-        self.thread.start()
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of a step, all numbers."""
-        self.waiting.put(Row(step, values, time.time()))
-
-    def news(self) -> list[str]:
-        """What the person has not been told yet."""
-        found = []
-        while not self.told.empty():
-            found.append(self.told.get())
-        return found
-
-    def close(self, summary: Mapping[str, float], failed: bool, patience: float = PATIENCE) -> list[str]:
-        """Waits, for so many seconds, until all is taken and closed. The last news."""
-        self.waiting.put((summary, failed))
-        self.thread.join(patience)
-        late = f"{self.logger.title} has not taken all within {patience:g} s, and is left. metrics.csv has all."
-        return [*self.news(), *([late] if self.thread.is_alive() else [])]
-
-    def _work(self) -> None:
-        try:
-            known, told = self.logger.begin(self.run)
-            if told:
-                self.told.put(told)
-            if known is not None:
-                write_text(self.run.out_dir / LOGGER, json.dumps({"logger": self.name, "id": known}) + "\n")
-            while True:
-                rows = [self.waiting.get()]
-                while not self.waiting.empty():
-                    rows.append(self.waiting.get())
-                end = None if isinstance(rows[-1], Row) else rows.pop()
-                if rows:
-                    self.logger.log(rows)
-                if end is not None:
-                    self.logger.close(*end)
-                    return
-        except Exception as error:
-            self.told.put(f"{self.logger.title} takes no more of this run: {_short(error)} metrics.csv has all.")
-
-
-def check_logger(job: Job) -> None:
-    """Raises UsageError for options that do not go together, a package that is missing, nobody logged in."""
-    name, log = job.logger_name, job.log
-    given = [f"--log.{option} {value}" for option, value in vars(log).items() if value is not None]
-    if given and name not in ("wandb", "mlflow") and not job.resume:  # which may name another logger than before
-        raise UsageError(f"{given[0]} is for --logger_name wandb or mlflow. Name one, or leave it out.")
-    if name == "mlflow" and log.group is not None and not job.resume:
-        raise UsageError(f"--log.group {log.group}: MLflow has no groups; --log.project is its experiment.")
-    if name in NEEDS and not all(map(find_spec, NEEDS[name])):
-        raise UsageError(f"--logger_name {name} needs more packages: pip install 'litfreeze[{name}]'")
-    if name == "wandb":
-        _check_login()
-    if name == "mlflow":
-        _check_store()
-
-
-def _check_login() -> None:
-    import wandb
-
-    if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
-        return
-    try:
-        if wandb.login(prompt=False):
-            return
-    except wandb.errors.Error:  # nobody answers, or the key is refused: `begin` goes on without the network
-        return
-    raise UsageError(
-        "--logger_name wandb: nobody is logged in to W&B. Run `wandb login`, set WANDB_API_KEY, or say "
-        "WANDB_MODE=offline to keep the run in files."
-    )
-
-
-def _check_store() -> None:
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith(("http://", "https://", "databricks")):
-        return  # what is wrong there may be right again later
-    try:
-        mlflow.tracking.MlflowClient().search_experiments(max_results=1)
-    except MlflowException as error:
-        raise UsageError(f"--logger_name mlflow: its store cannot be used: {_short(error)}") from None
-
-
-def open_logger(job: Job, out_dir: Path, resumed_at: int) -> Optional[Aside]:
-    """The logger that a run asks for, if it asks for one; `auto` is TensorBoard where that is installed."""
-    name = job.logger_name
-    if name == "auto":
-        name = "tensorboard" if find_spec("tensorboard") else "csv"
-    if name not in LOGGERS:
-        return None
-    kept = out_dir / LOGGER
-    before = read_json(kept) if resumed_at and kept.is_file() else {}
-    known = before.get("id") if before.get("logger") == name else None
-    facts = {"method": job.method, "layers": format_layers(job.plan.layers), "trained_parameters": job.plan.n_trained}
-    return Aside(name, Run(out_dir, job.log, {**job.settings, **facts}, resumed_at, known))
 
 
 def numbers(values: Mapping[str, Any], before: str = "") -> dict[str, float]:
@@ -297,7 +183,7 @@ def numbers(values: Mapping[str, Any], before: str = "") -> dict[str, float]:
     return found
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
     """The first line of what it says, without the places that it names."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return text if text.endswith((".", "!")) else f"{text}."

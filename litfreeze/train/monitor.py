@@ -14,7 +14,8 @@ from typing import Any, Optional, Union
 from tqdm import tqdm
 
 from litfreeze.checkpoint.tensors import write_text
-from litfreeze.train.loggers import PATIENCE, Aside, numbers
+from litfreeze.train.aside import Aside
+from litfreeze.train.loggers import PATIENCE, numbers
 from litfreeze.train.outcome import Scores
 from litfreeze.train.watch import Seen
 
@@ -75,9 +76,8 @@ class Monitor:
         self.summary: Mapping[str, Any] = {}
         if resumed_at:
             rows, looks = _rows_of(out_dir / "metrics.csv"), _rows_of(out_dir / "blocks.csv")
-            if logger is not None and logger.known:
-                last = resumed_at if logger.purges else math.inf
-                self.logged = {(row["step"], _kind(row)) for row in rows + looks if row["step"] <= last}
+            if logger is not None:
+                self.logged = {(row["step"], _kind(row)) for row in rows + looks if row["step"] <= logger.has_until}
             rows = [row for row in rows if row["step"] <= resumed_at]
             self.rows = [row for row in rows if validated or row["step"] < resumed_at or "val_loss" not in row]
             whole = (row for row in looks if row["step"] <= resumed_at and len(row) == len(BLOCK_COLUMNS))

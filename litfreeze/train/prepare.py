@@ -19,10 +19,10 @@ from litfreeze.freeze.thaw import Stage, stages
 from litfreeze.launch import Sharded
 from litfreeze.outputs import began_as, used
 from litfreeze.tokenizer import Tokenizer
+from litfreeze.train.aside import check_logger
 from litfreeze.train.compiled import check_compile
 from litfreeze.train.fused import check_fused_backward
 from litfreeze.train.job import Job
-from litfreeze.train.loggers import check_logger
 from litfreeze.train.loop import Schedule
 from litfreeze.train.optim import check_optimizer
 from litfreeze.train.reuse import check_reuse

@@ -22,11 +22,12 @@ from litfreeze.launch import Sharded, on_first, together
 from litfreeze.model import GPT
 from litfreeze.outputs import FINAL, MERGED_BASE, claim, sole_user
 from litfreeze.prefix.prefix import only_below
+from litfreeze.train.aside import open_logger
 from litfreeze.train.exchange import Exchange
 from litfreeze.train.interrupt import Interrupts
 from litfreeze.train.job import Job, Result
 from litfreeze.train.keep import Keeper
-from litfreeze.train.loggers import PATIENCE, open_logger
+from litfreeze.train.loggers import PATIENCE
 from litfreeze.train.loop import fit
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.outcome import Outcome

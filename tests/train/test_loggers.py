@@ -14,7 +14,7 @@ from litfreeze.data.args import DataArgs
 from litfreeze.demo import TRAIN_FILE
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
-from litfreeze.train import loggers
+from litfreeze.train import aside
 from litfreeze.train.args import EvalArgs, LogArgs, TrainArgs
 
 TRAIN = TrainArgs(max_steps=6, global_batch_size=8, save_interval=2, watch_interval=3)
@@ -213,7 +213,7 @@ def test_nobody_logged_in_is_told_before_the_run(tmp_path, records, monkeypatch)
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_a_missing_package_names_its_extra(tmp_path, records, monkeypatch, name):
-    monkeypatch.setattr(loggers, "find_spec", lambda module: None)
+    monkeypatch.setattr(aside, "find_spec", lambda module: None)
     with pytest.raises(UsageError, match=rf"pip install 'litfreeze\[{name}\]'"):
         run(tmp_path / "run", records, logger_name=name)
     assert not (tmp_path / "run").exists()
