@@ -50,6 +50,11 @@ def build_fabric(
     except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--accelerator {accelerator} --devices {devices} cannot be used here: {reason}") from None
+    if fabric.world_size > 1 and hasattr(sys, "ps1"):  # a prompt of Python's, as a notebook's kernel has
+        raise UsageError(
+            f"--devices {devices}: a notebook runs on one device; say devices=1, or choose it as devices='0,'. For "
+            f"{fabric.world_size} processes run litfreeze finetune in a terminal."
+        )
     if fabric.device.type == "cpu" and fabric.world_size > (os.cpu_count() or 1) * num_nodes:
         raise UsageError(f"--devices {devices}: this machine has {os.cpu_count()} processors.")
     if fabric.device.type == "cuda" and name.startswith("bf16") and not torch.cuda.is_bf16_supported():

@@ -17,7 +17,8 @@ FINAL, BEST, RESUME, MERGED_BASE = "final", "best", "resume", "base"
 RECIPE = "recipe.yaml"  # what was asked for
 RESULTS = "results.json"  # what a run came to
 LOCK, WHO = ".lock", ".running"  # held by the run that writes there, and which one that is
-LOGS = ("metrics.csv", "blocks.csv", "tensorboard")  # what a run that ended before it saved anything leaves
+LOGGER = "logger.json"  # the id by which a logger knows the run
+LOGS = ("metrics.csv", "blocks.csv", "tensorboard", "wandb", LOGGER)  # what a run that saved nothing leaves
 
 
 def claim(out_dir: Optional[Path], method: str) -> Path:

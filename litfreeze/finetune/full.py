@@ -7,9 +7,10 @@ from typing import Any, Literal, Optional, Union
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs, RateArgs, ThawArgs
 from litfreeze.freeze.layers import Layers, Names
-from litfreeze.train.args import EvalArgs, TrainArgs
+from litfreeze.train.args import EvalArgs, LogArgs, TrainArgs
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+LoggerName = Literal["auto", "csv", "tensorboard", "wandb", "mlflow"]
 
 
 def setup(
@@ -30,6 +31,8 @@ def setup(
     data: DataArgs = DataArgs(),
     train: TrainArgs = TrainArgs(),
     eval: EvalArgs = EvalArgs(),
+    logger_name: LoggerName = "auto",
+    log: LogArgs = LogArgs(),
     thaw: ThawArgs = ThawArgs(),
     rates: RateArgs = RateArgs(),
     frozen: FrozenArgs = FrozenArgs(),
@@ -66,6 +69,9 @@ def setup(
         data: The records to learn from.
         train: How long and how fast to train.
         eval: When to measure.
+        logger_name: Where figures go beside metrics.csv, which is always written: tensorboard (auto is that, if it is
+            installed), wandb, mlflow, or nowhere else (csv).
+        log: What the run is called by the logger.
         thaw: When blocks train.
         rates: How fast each layer learns.
         frozen: How what is frozen is made cheap.

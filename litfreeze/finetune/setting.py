@@ -18,7 +18,7 @@ from litfreeze.checkpoint.resume import newest_point, points
 from litfreeze.choose.rank import Ranking, rank
 from litfreeze.choose.sample import draw_batches
 from litfreeze.choose.words import NEED_DATA, RECORDS, has_ranks, put_ids
-from litfreeze.cli import arguments
+from litfreeze.cli import arguments, options_of
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_DEFAULTS, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import UsageError
@@ -38,7 +38,7 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
     """The options a run goes by: those given or, with `resume`, those of the interrupted run, whose folder `out_dir` is
     then; `auto` beside an `out_dir` begins there, if nothing is to go on from. Raises UsageError if there is nothing to
     resume, or options are given that could not be honoured."""
-    given = SimpleNamespace(**{name: _plain(value) for name, value in options.items()})
+    given = SimpleNamespace(**{name: plain(value) for name, value in options.items()})
     if not 0 <= given.seed < 2**32:
         raise UsageError(f"--seed {given.seed} must be from 0 to {2**32 - 1}.")
     for name in ("checkpoint_dir", "base_dir"):
@@ -69,9 +69,10 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
         kept = getattr(own[group], leaf) if is_dataclass(own[group]) else own[name]
         if name in ("data.path", "data.val_path"):  # where it lies may change; what it holds is compared
             setattr(own["data"], leaf, Path(value))
-        elif group == "frozen" and name not in ("freeze_quantize", "cache_dtype"):  # what learns the same, to the bit
-            own["frozen"] = replace(own["frozen"], **{name: value})
-        elif name in (*DEVICES, "base_dir"):
+        elif group in ("frozen", "log") and name not in ("freeze_quantize", "cache_dtype"):
+            # Neither changes what is learned, to the bit
+            own[group] = replace(own[group], **{leaf: value})
+        elif name in (*DEVICES, "base_dir", "logger_name"):
             own[name] = value
         elif name not in ("resume", "out_dir") and not _same(value, kept):
             raise UsageError(_ELSEWISE.format(name, value, kept))
@@ -158,6 +159,9 @@ def job_of(
         recipe=recipe_yaml(script, {**vars(options), "train": train, "precision": precision.name}),
         frozen=options.frozen,
         compile=options.compile,
+        logger_name=options.logger_name,
+        log=options.log,
+        settings=told_to_logger(script, {**vars(options), "train": train, "precision": precision.name}),
         thawing=thawing_from_words(plan.config, options.thaw, options.seed),
         resume=bool(options.resume),
         anew=options.anew,
@@ -189,12 +193,25 @@ def with_demo_data(data: Union[DataArgs, Path, str]) -> DataArgs:
 def recipe_yaml(script: Callable[..., Any], options: Mapping[str, Any]) -> str:
     """Those `options` of `script` that are not its defaults, as YAML that `--config` takes. `out_dir` is left out, so
     that the recipe can be run again."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
-    left_out = ("out_dir", "resume", "anew")
-    chosen = _changed({name: value for name, value in options.items() if name not in left_out}, defaults)
+    chosen, defaults = _chosen(script, options)
     for name in [name for name in chosen if getattr(defaults[name], "flat", False)]:
         chosen |= chosen.pop(name)
     return yaml.dump(chosen, Dumper=_Plain, sort_keys=False, allow_unicode=True)
+
+
+def told_to_logger(script: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same by the names of the command line, `{"train.lr": 1e-4}`. Of a path that says where it lies on this
+    machine the last part is left."""
+    hints, found = options_of(script), _leaves(*_chosen(script, options))
+    paths = {name for name in found if "Path" in str(hints[name]) and Path(str(found[name])).is_absolute()}
+    return {name: Path(str(value)).name if name in paths else value for name, value in found.items()}
+
+
+def _chosen(script: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those options that say what is learned and are not the defaults, and the defaults."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
+    left_out = ("out_dir", "resume", "anew")
+    return _changed({name: value for name, value in options.items() if name not in left_out}, defaults), defaults
 
 
 class _Plain(yaml.SafeDumper):
@@ -232,8 +249,8 @@ def _fields(value: Any) -> Any:
     return vars(value) if is_dataclass(value) else value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Ranges, arrays, sets and their like, as Python gives them for layers, as plain lists."""
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value

@@ -105,6 +105,21 @@ class EvalArgs:
         _at_least(self, 1, "interval", "max_samples", "patience", "max_new_tokens")
 
 
+@dataclass
+class LogArgs:
+    """What the run is called by the logger.
+
+    Args:
+        project: The project of W&B, the experiment of MLflow; litfreeze unless said.
+        run: The name of the run there; by default its folder's.
+        group: W&B's group of runs.
+    """
+
+    project: Optional[str] = None
+    run: Optional[str] = None
+    group: Optional[str] = None
+
+
 def _at_least(args: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(args, name)

@@ -1,8 +1,9 @@
 """What a run is given, and what it gives back."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 
@@ -13,7 +14,7 @@ from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.thaw import Thawing
 from litfreeze.precision import Precision
-from litfreeze.train.args import EvalArgs, TrainArgs
+from litfreeze.train.args import EvalArgs, LogArgs, TrainArgs
 from litfreeze.train.outcome import Outcome
 
 
@@ -35,6 +36,9 @@ class Job:
     save: Literal["full", "delta", "both"]  # the final checkpoint: all weights, only what trained, or each
     save_dtype: Optional[torch.dtype] = None
     compile: bool = False  # the blocks, for the steps
+    logger_name: str = "auto"
+    log: LogArgs = field(default_factory=LogArgs)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the options that were given, for a logger
     resume: bool = False  # go on in `out_dir`
     anew: bool = False  # begin, in a folder where a run of this recipe may have begun before
     thawing: Optional[Thawing] = None  # when the blocks of the plan train, if not from beginning to end

@@ -1,4 +1,4 @@
-"""What a person watches while a run trains: a line or a bar, metrics.csv, TensorBoard."""
+"""What a person watches while a run trains: a line or a bar, metrics.csv, blocks.csv, and what a logger shows."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -14,6 +14,8 @@ from typing import Any, Optional, Union
 from tqdm import tqdm
 
 from litfreeze.checkpoint.tensors import write_text
+from litfreeze.train.aside import Aside
+from litfreeze.train.loggers import PATIENCE, numbers
 from litfreeze.train.outcome import Scores
 from litfreeze.train.watch import Seen
 
@@ -50,22 +52,35 @@ class Table:
 
 
 class Monitor:
-    """Writes `metrics.csv` and `blocks.csv` in `out_dir` (each row reaches the disk's cache at once), TensorBoard
-    events where it is installed, and either a progress bar (on a terminal) or about twenty plain lines. Silent on ranks
+    """Writes `metrics.csv` and `blocks.csv` in `out_dir` (each row reaches the disk's cache at once) and either a
+    progress bar (on a terminal) or about twenty plain lines; and tells the `logger`, if there is one. Silent on ranks
     other than 0.
 
     A run that goes on after `resumed_at` steps, with that step's validation or with it still to come, keeps the rows
-    up to there and writes on below them."""
+    up to there and writes on below them. A logger that had rows behind them before does not get them twice."""
 
     def __init__(
-        self, out_dir: Path, max_steps: int, log_interval: int, rank: int, resumed_at: int = 0, validated: bool = True
+        self,
+        out_dir: Path,
+        max_steps: int,
+        log_interval: int,
+        rank: int,
+        resumed_at: int = 0,
+        validated: bool = True,
+        logger: Optional[Aside] = None,
     ) -> None:
         self.rows: list[dict[str, Any]] = []
         self.seen: list[Seen] = []
+        self.logger = logger
+        self.logged: set[tuple[int, str]] = set()  # what the logger has from before
+        self.summary: Mapping[str, Any] = {}
         if resumed_at:
-            rows = _rows_until(out_dir / "metrics.csv", resumed_at)
+            rows, looks = _rows_of(out_dir / "metrics.csv"), _rows_of(out_dir / "blocks.csv")
+            if logger is not None:
+                self.logged = {(row["step"], _kind(row)) for row in rows + looks if row["step"] <= logger.has_until}
+            rows = [row for row in rows if row["step"] <= resumed_at]
             self.rows = [row for row in rows if validated or row["step"] < resumed_at or "val_loss" not in row]
-            whole = (row for row in _rows_until(out_dir / "blocks.csv", resumed_at) if len(row) == len(BLOCK_COLUMNS))
+            whole = (row for row in looks if row["step"] <= resumed_at and len(row) == len(BLOCK_COLUMNS))
             self.seen = [_as_seen(row) for row in whole]
         self.active = rank == 0
         self.max_steps = max_steps
@@ -74,11 +89,10 @@ class Monitor:
         self.bar: Optional[tqdm] = None
         self.has_bar = sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns > 20
         self.warned = over_fitting(self.rows) is not None
-        self.metrics_csv = self.blocks_csv = self.events = None
+        self.metrics_csv = self.blocks_csv = None
         if self.active:
             self.metrics_csv = Table(out_dir / "metrics.csv", COLUMNS, self.rows)
             self.blocks_csv = Table(out_dir / "blocks.csv", BLOCK_COLUMNS, map(asdict, self.seen))
-            self.events = _tensorboard(out_dir, resumed_at)
 
     def stepped(
         self, step: int, epoch: int, lr: float, loss: float, grad_norm: float, tokens: int, seconds: float
@@ -123,10 +137,10 @@ class Monitor:
             return
         self.seen += seen
         self.blocks_csv.write(map(asdict, seen))
-        for one in seen if self.events is not None else ():
-            where = f"blocks/{one.part}" if isinstance(one.part, int) else one.part
-            for name in BLOCK_COLUMNS[2:]:
-                self.events.add_scalar(f"{name}/{where}", getattr(one, name), one.step)
+        places = {one: f"blocks/{one.part}" if isinstance(one.part, int) else one.part for one in seen}
+        found = {f"{name}/{place}": getattr(one, name) for one, place in places.items() for name in BLOCK_COLUMNS[2:]}
+        if seen:
+            self._tell(seen[0].step, "blocks", found)
 
     def flush(self) -> None:
         """What was written so far is on the disk: a point to go on from is worth no more than the rows before it."""
@@ -143,22 +157,34 @@ class Monitor:
         else:
             print(text, flush=True)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False, patience: float = PATIENCE) -> None:
+        """Ends the bar, the files and the logger, which gets `summary` and so many seconds to take it all."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        for file in (self.metrics_csv, self.blocks_csv, self.events):
+        for file in (self.metrics_csv, self.blocks_csv):
             if file is not None:
                 file.close()
-        self.metrics_csv = self.blocks_csv = self.events = None
+        self.metrics_csv = self.blocks_csv = None
+        if self.logger is not None:
+            self._say_all(self.logger.close(numbers(self.summary), failed, patience))
+            self.logger = None
 
     def _record(self, **row: Any) -> None:
         self.rows.append(row)
         self.metrics_csv.write([row])
-        if self.events is not None:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self.events.add_scalar(name, value, row["step"])
+        self._tell(row["step"], _kind(row), {name: value for name, value in row.items() if name != "step"})
+
+    def _tell(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """Figures for the logger, unless it has them, and what there is to tell of it."""
+        if self.logger is not None:
+            if (step, kind) not in self.logged:
+                self.logger.log(step, {name: value for name, value in values.items() if value is not None})
+            self._say_all(self.logger.news())
+
+    def _say_all(self, news: Iterable[str]) -> None:
+        for told in news:
+            self.say(f"Note      {told}")
 
 
 def over_fitting(rows: Sequence[dict[str, Any]]) -> Optional[str]:
@@ -179,7 +205,14 @@ def over_fitting(rows: Sequence[dict[str, Any]]) -> Optional[str]:
     )
 
 
-def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+def _kind(row: Mapping[str, Any]) -> str:
+    """Of what a row of one of the tables tells: a step may have one of each."""
+    if "part" in row:
+        return "blocks"
+    return "validation" if row.get("val_loss") is not None else "training"
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of an earlier part of this run, numbers as numbers."""
     if not path.is_file():
         return []
@@ -187,8 +220,7 @@ def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     with io.StringIO(whole_lines) as lines:
         rows = [{name: _number(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
     whole = ("step", "epoch", "tokens")
-    rows = [{name: int(value) if name in whole else value for name, value in row.items()} for row in rows]
-    return [row for row in rows if row["step"] <= step]
+    return [{name: int(value) if name in whole else value for name, value in row.items()} for row in rows]
 
 
 def _number(text: str) -> Union[float, str]:
@@ -201,14 +233,6 @@ def _number(text: str) -> Union[float, str]:
 def _as_seen(row: dict[str, Any]) -> Seen:
     part = row["part"]
     return Seen(**{**row, "part": part if isinstance(part, str) else int(part)})
-
-
-def _tensorboard(out_dir: Path, resumed_at: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
 
 
 def _clock(seconds: float) -> str:

@@ -19,6 +19,7 @@ from litfreeze.freeze.thaw import Stage, stages
 from litfreeze.launch import Sharded
 from litfreeze.outputs import began_as, used
 from litfreeze.tokenizer import Tokenizer
+from litfreeze.train.aside import check_logger
 from litfreeze.train.compiled import check_compile
 from litfreeze.train.fused import check_fused_backward
 from litfreeze.train.job import Job
@@ -54,6 +55,8 @@ def prepare(fabric: Fabric, job: Job, read: Optional[Callable[[Job, Tokenizer, P
     if job.compile:
         check_compile(job.frozen, job.checkpoint.config, fabric.device)
     check_new_blocks(job.checkpoint, job.plan)
+    if fabric.is_global_zero:
+        check_logger(job)
     if isinstance(fabric.strategy, Sharded):
         check_sharding(job, fabric.strategy.form)
     elif job.frozen.shard_frozen:

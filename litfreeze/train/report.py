@@ -141,7 +141,7 @@ class Report:
             draw_blocks(out_dir / "blocks.png", monitor.seen, self.job.plan.n_layer)
         fence = "```"
         write_text(out_dir / RECIPE, self.job.recipe)
-        write_text(out_dir / RESULTS, json.dumps(self._figures(outcome), indent=2) + "\n")
+        write_text(out_dir / RESULTS, json.dumps(self.figures(outcome), indent=2) + "\n")
         write_text(
             out_dir / "report.md",
             "\n".join(
@@ -180,7 +180,7 @@ class Report:
             ),
         )
 
-    def _figures(self, outcome: Outcome) -> dict[str, Any]:
+    def figures(self, outcome: Outcome) -> dict[str, Any]:
         """What the run came to, for programs."""
         reached = {name: None if value == float("inf") else value for name, value in asdict(outcome).items()}
         return {

@@ -22,10 +22,12 @@ from litfreeze.launch import Sharded, on_first, together
 from litfreeze.model import GPT
 from litfreeze.outputs import FINAL, MERGED_BASE, claim, sole_user
 from litfreeze.prefix.prefix import only_below
+from litfreeze.train.aside import open_logger
 from litfreeze.train.exchange import Exchange
 from litfreeze.train.interrupt import Interrupts
 from litfreeze.train.job import Job, Result
 from litfreeze.train.keep import Keeper
+from litfreeze.train.loggers import PATIENCE
 from litfreeze.train.loop import fit
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.outcome import Outcome
@@ -59,6 +61,7 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
     on_first(fabric, keeper.check_room)
     i = next(i for i, stage in enumerate(planned) if outcome.step <= stage.stop)  # of the last step that was made
     report = Report(job, samples, schedule, fabric.device, planned)
+    logger = open_logger(job, out_dir, outcome.step) if fabric.is_global_zero else None
     monitor = Monitor(
         out_dir,
         schedule.max_steps,
@@ -66,15 +69,19 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
         fabric.global_rank,
         outcome.step,
         validated=outcome.validated == outcome.step,
+        logger=logger,
     )
     monitor.say(report.opening(prepared.style))
+
+    def close(kind: Optional[type[BaseException]], *_: object) -> None:
+        monitor.close(failed=kind is not None, patience=LEAVING if kind is KeyboardInterrupt else PATIENCE)
 
     def leave(kind: Optional[type[BaseException]], *_: object) -> None:
         if kind is not None and not issubclass(kind, UsageError):
             monitor.say(keeper.stopped())
 
     with ExitStack() as to_close:
-        to_close.callback(monitor.close)
+        to_close.push(close)
         to_close.push(leave)
         gpt = _load(fabric, job, planned, i, monitor)
         ready = make_ready(fabric, job, gpt, samples, schedule, planned, i, cached=kept.get("cached"))
@@ -131,6 +138,7 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
         if prefix is not None:
             prefix.release()
         proof = saving.final(ready, outcome)
+        monitor.summary = report.figures(outcome)
     if fabric.is_global_zero:
         report.write(out_dir, outcome, proof, exchange, monitor)
         monitor.say(report.closing(out_dir, outcome, proof, exchange, monitor))
