@@ -162,6 +162,15 @@ class InMemory(dict):
         return super().__getitem__(name).clone()
 
 
+def began_from(checkpoint: Checkpoint) -> Optional[Checkpoint]:
+    """What a checkpoint stands over, or was trained from or merged into; None if that is nothing. Raises LitfreezeError
+    if it is not there any more."""
+    manifest = checkpoint.manifest or {}
+    if checkpoint.base is not None or "base" not in manifest:
+        return checkpoint.base
+    return open_beneath(checkpoint.path, manifest, None, False)
+
+
 def paths_of(checkpoint_dir: Union[str, Path, list[str], None]) -> list[str]:
     """'a,b' and ['a', 'b'] are two checkpoints; a directory whose own name has a comma is one; None is none. Raises
     UsageError for an empty name."""

@@ -199,11 +199,17 @@ def download(name: str, out_dir: Optional[Path] = None) -> Path:
     return out_dir
 
 
-def make_repository(repo: str, private: bool, revision: Optional[str]) -> None:
-    """Makes the repository `repo`, if it is not there, and its branch `revision`. Raises UsageError without a token
-    that may write, and if it is there and not private, as it was to be."""
+def check_token(repo: str) -> None:
+    """Raises UsageError if there is no token, or the Hub does not know it."""
     if _hub().get_token() is None:
         raise UsageError(f"Uploading needs a token that may write to {repo}: {HINT}.")
+    with talking(repo):
+        _hub().HfApi().whoami()
+
+
+def make_repository(repo: str, private: bool, revision: Optional[str]) -> None:
+    """Makes the repository `repo`, if it is not there, and its branch `revision`. Raises UsageError if it is there and
+    not private, as it was to be, or the token may not write."""
     hub = _hub().HfApi()
     with talking(repo):
         hub.create_repo(repo, private=private or None, exist_ok=True)

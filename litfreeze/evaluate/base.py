@@ -53,7 +53,7 @@ def setup(
     from litfreeze.evaluate.records import read_all, score
     from litfreeze.evaluate.table import describe, write_figures
     from litfreeze.launch import build_fabric
-    from litfreeze.precision import default_precision
+    from litfreeze.precision import inference_precision
 
     data = data if isinstance(data, DataArgs) else DataArgs(path=Path(data))
     names = tasks.split(",") if isinstance(tasks, str) else list(tasks or [])
@@ -81,8 +81,7 @@ def setup(
         if columns[0].checkpoint.config.labels:
             raise UsageError(f"--tasks: {columns[0].name} is a classifier and writes nothing.")
         loaded = load_tasks(names, include_path, num_fewshot)
-    name = precision or default_precision(accelerator).replace("mixed", "true")
-    fabric, kept = build_fabric(accelerator, 1, 1, name)
+    fabric, kept = build_fabric(accelerator, 1, 1, inference_precision(accelerator, precision))
     figures = []
     for i, column in enumerate(columns):
         model = load_model(column.checkpoint, lambda _: kept.frozen).to(fabric.device)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
-from litfreeze.checkpoint.directory import Checkpoint, open_beneath, open_checkpoint, paths_of
+from litfreeze.checkpoint.directory import Checkpoint, began_from, open_checkpoint, paths_of
 from litfreeze.checkpoint.hub import origin
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import LitfreezeError, UsageError
@@ -28,7 +28,8 @@ def columns_of(
     opened = [(path, open_checkpoint(path, base_dir)) for path in paths]
     if len({bool(checkpoint.config.labels) for _, checkpoint in opened}) > 1:
         raise UsageError("--checkpoint_dir names classifiers and language models: no figure is common to them.")
-    columns = [Column(_name(path), checkpoint, checkpoint) for path, checkpoint in opened]
+    names = _names(paths)
+    columns = [Column(name, checkpoint, checkpoint) for name, (_, checkpoint) in zip(names, opened, strict=True)]
     notes: list[str] = []
     bases: list[Column] = []
     for column in columns if with_base else []:
@@ -42,13 +43,12 @@ def columns_of(
 
 def _base_of(checkpoint: Checkpoint) -> tuple[Optional[Checkpoint], str]:
     """What it was trained from, and why there is nothing to compare with if so."""
-    manifest, base = checkpoint.manifest or {}, checkpoint.base
-    if base is None and "base" not in manifest:
-        return None, ""
     try:
-        base = base or open_beneath(checkpoint.path, manifest, None, False)
+        base = began_from(checkpoint)
     except LitfreezeError as error:
         return None, f"its base is left out. {error}"
+    if base is None:
+        return None, ""
     if checkpoint.config.labels and not base.config.labels:
         return None, "its base is a language model, which knows no classes, and is left out."
     return base, ""
@@ -58,4 +58,11 @@ def _name(path: str) -> str:
     """As it was named; of a model in the Hub's cache its name there, and the embedded model by that."""
     if Path(path) == MODEL_DIR:
         return "demo"
-    return (origin(Path(path)) or path).partition("@")[0]
+    found = origin(Path(path))
+    return path if found is None else found.partition("@")[0]
+
+
+def _names(paths: list[str]) -> list[str]:
+    """No two alike: one commit of a model and another, say."""
+    names = [_name(path) for path in paths]
+    return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]

@@ -19,7 +19,7 @@ from litfreeze.generate.text import until
 from litfreeze.launch import build_fabric
 from litfreeze.model import GPT
 from litfreeze.outputs import FINAL
-from litfreeze.precision import Precision, default_precision
+from litfreeze.precision import Precision, inference_precision
 
 BASE = "base"  # the name of the model that the others stand over
 
@@ -144,7 +144,7 @@ def load_models(answerers: Collection[Answerer], accelerator: str, precision: Op
 
 def check_device(accelerator: str, precision: Optional[str]) -> tuple[Fabric, Precision]:
     """Where, and in what, `load_models` has them. Raises UsageError as it does."""
-    return build_fabric(accelerator, 1, 1, precision or default_precision(accelerator).replace("mixed", "true"))
+    return build_fabric(accelerator, 1, 1, inference_precision(accelerator, precision))
 
 
 def check_options(max_new_tokens: int, stop: Union[str, Sequence[str], None]) -> list[str]:

@@ -39,7 +39,7 @@ def setup(
     from litfreeze.errors import UsageError
     from litfreeze.generate.classes import likeliest, probabilities
     from litfreeze.launch import build_fabric
-    from litfreeze.precision import default_precision
+    from litfreeze.precision import inference_precision
 
     data = data if isinstance(data, TextArgs) else TextArgs(path=Path(data))
     if (text is None) == (data.path is None):
@@ -86,7 +86,7 @@ def setup(
             raise UsageError(f"The text {text_given[:40]!r} has no tokens.")
         checkpoint.check_tokens(ids)
 
-    fabric, kept = build_fabric(accelerator, 1, 1, precision or default_precision(accelerator).replace("mixed", "true"))
+    fabric, kept = build_fabric(accelerator, 1, 1, inference_precision(accelerator, precision))
     model = load_model(checkpoint, lambda _: kept.frozen).to(fabric.device)
     shares = probabilities(model, [ids for ids, _ in tokens])  # (N, K)
     answers = [labels[i] for i in shares.argmax(1).tolist()]

@@ -155,7 +155,10 @@ def _message(message: Any, place: str) -> dict[str, str]:
         raise Refused(400, f"{place}: this server reads text alone, and no {str(kind)[:40]!r}.", place)
     if not all(isinstance(part.get("text"), str) for part in parts):
         raise Refused(400, f"{place}: its content must be a text.", place)
-    return {"role": ROLES[role], "content": "".join(part["text"] for part in parts)}
+    text = "".join(part["text"] for part in parts)
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise Refused(400, f"{place}: its content has half a character (a lone surrogate).", place)
+    return {"role": ROLES[role], "content": text}
 
 
 # ---- what is sent back ----

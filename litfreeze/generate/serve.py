@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Literal, Optional, Union
 
-LOOPBACK = "127.0.0.1"
+from litfreeze.local import LOCAL
+
+LOOPBACK = LOCAL[0]
 MISSING = "litfreeze serve needs LitServe. Install it: pip install 'litfreeze[serve]'."
 
 

@@ -32,6 +32,7 @@ from starlette.exceptions import HTTPException
 
 from litfreeze.errors import Interrupted, RunError, UsageError
 from litfreeze.generate.completions import Asked, Refused, chunk, completion, read_request, usage
+from litfreeze.local import is_local, place_of
 
 LOOK = 0.5  # seconds between looks whether the client of a silent request is still there
 LEFT = 499  # what nobody reads any more
@@ -174,8 +175,12 @@ class Answers(litserve.LitAPI):
         self.gone: set[int] = set()
 
     async def authorize(self, request: Request) -> None:
-        """What every request has to pass, if there is a key."""
-        given = request.headers.get("Authorization", "")
+        """What every request has to pass: with a key, that; without one, it comes from this machine."""
+        given, origin = request.headers.get("Authorization", ""), place_of(request.headers.get("Origin"))
+        if not self.api_key and not (
+            is_local(request.headers.get("Host", "")) and (origin is None or is_local(origin))
+        ):
+            raise Refused(403, "Without an --api_key this server answers to programs and pages of this machine alone.")
         if self.api_key and not secrets.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
             raise Refused(401, "The API key is missing or wrong (Authorization: Bearer …).", None, "invalid_api_key")
 

@@ -37,7 +37,8 @@ def setup(
     from contextlib import ExitStack
 
     from litfreeze.checkpoint.directory import open_checkpoint
-    from litfreeze.checkpoint.hub import make_repository, upload, with_token
+    from litfreeze.checkpoint.hub import check_token, make_repository, upload, with_token
+    from litfreeze.errors import UsageError
     from litfreeze.publish.card import compared_with_base, write_card
     from litfreeze.publish.public import base_of
     from litfreeze.publish.stage import stage
@@ -51,11 +52,16 @@ def setup(
         _check(checkpoint, form, repo_id, base_model, base, out_dir)
         checkpoint.tokenizer()  # an absent or broken one is told before anything is made
         if not dry_run:
-            make_repository(repo_id, private, revision)
-        aside = out_dir or to_close.enter_context(tempfile.TemporaryDirectory(prefix=".upload-", dir="."))
-        folder = Path(aside)
+            check_token(repo_id)
         card = write_card(checkpoint, form, repo_id, base, compared_with_base(checkpoint))
-        stage(folder, checkpoint, form, base, card)
+        try:
+            folder = Path(out_dir or to_close.enter_context(tempfile.TemporaryDirectory(prefix=".upload-", dir=".")))
+            stage(folder, checkpoint, form, base, card)
+        except OSError as error:
+            place = out_dir or Path.cwd()
+            raise UsageError(
+                f"What is uploaded cannot be written in {place}: {error.strerror}. Choose another place with --out_dir."
+            ) from None
         for file in sorted(folder.iterdir()):
             print(f"{'Would be' if dry_run else 'Uploads':9} {file.name}, {megabytes(file.stat().st_size)}")
         if base is None:
@@ -63,6 +69,7 @@ def setup(
         if dry_run:
             print(f"\n{(folder / 'README.md').read_text(encoding='utf-8')}")
             return None
+        make_repository(repo_id, private, revision)  # now that there is something to put into it
         place = upload(repo_id, folder, revision, f"Upload {form} checkpoint with litfreeze")
     print(f"Written   {place}")
     return place

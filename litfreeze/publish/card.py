@@ -8,7 +8,7 @@ from typing import Any, Optional
 import yaml
 
 from litfreeze.checkpoint.compare import compare
-from litfreeze.checkpoint.directory import Checkpoint, open_beneath
+from litfreeze.checkpoint.directory import Checkpoint, began_from
 from litfreeze.cli import arguments
 from litfreeze.errors import LitfreezeError
 from litfreeze.freeze.plan import EXTRAS, part_of
@@ -55,12 +55,9 @@ def write_card(checkpoint: Checkpoint, form: str, repo: str, base: Optional[str]
 def compared_with_base(checkpoint: Checkpoint) -> str:
     """What lies between `checkpoint` and the base it began from, or was merged into: every weight of both is read. Or
     that this is not known, and nothing where it has no base."""
-    base, manifest = checkpoint.base, checkpoint.manifest or {}
-    if base is None and "base" not in manifest:
-        return ""
     try:
-        base = base or open_beneath(checkpoint.path, manifest, None, False)
-        return compare(base, checkpoint).summary().replace("\n", " ")
+        base = began_from(checkpoint)
+        return "" if base is None else compare(base, checkpoint).summary().replace("\n", " ")
     except LitfreezeError:  # told without its places on this machine
         return "not known: it was not at hand when this card was written."
 

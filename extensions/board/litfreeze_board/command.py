@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Optional
 
+from litfreeze.local import LOCAL
+
 MISSING = "The board needs nicegui: pip install 'litfreeze[board]'."
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def setup(host: str = "127.0.0.1", port: int = 8765, root: Path = Path(), token: Optional[str] = None) -> None:

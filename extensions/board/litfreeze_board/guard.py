@@ -4,9 +4,10 @@ import hmac
 from collections.abc import Awaitable, Callable
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, Optional
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
+from litfreeze.local import is_local, place_of
+
 HEADERS = [
     (b"x-frame-options", b"DENY"),
     (b"content-security-policy", b"frame-ancestors 'none'"),
@@ -17,10 +18,7 @@ App = Callable[[dict, Callable, Callable], Awaitable[None]]
 
 class Guard:
     """Lets through what comes to this machine by its own name (unless there is a token, which no other site has), from
-    a page of this server's, and with the token, if there is one: as `?token=…`, which becomes a cookie, or as that.
-
-    A page of another site can make a browser ask 127.0.0.1, by its address or by a name that leads there. It says then
-    where it comes from (Origin) or what it asked for (Host)."""
+    a page of this server's, and with the token, if there is one: as `?token=…`, which becomes a cookie, or as that."""
 
     def __init__(self, app: App, token: Optional[str], port: int) -> None:
         self.app, self.token = app, token
@@ -55,10 +53,10 @@ class Guard:
         await self.app(scope, receive, sent)
 
     def _refusal(self, headers: dict[str, str]) -> str:
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if self.token is None and urlsplit(f"//{host}").hostname not in LOCAL:
+        host, origin = headers.get("host", ""), place_of(headers.get("origin"))
+        if self.token is None and not is_local(host):
             return "This board answers to localhost alone."
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin != host:
             return "This board answers to its own pages alone."
         return ""
 

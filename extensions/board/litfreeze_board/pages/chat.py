@@ -60,7 +60,8 @@ class Side:
         text = ""
         try:
             if place and place != self.trusted:
-                self.board.root.inside(place, "checkpoint_dir")
+                there = self.board.root.inside(place, "checkpoint_dir")
+                place = str(there) if there.exists() else place  # else a name on the Hub
             asked = {"checkpoint": place or None, "max_new_tokens": tokens, "temperature": temperature}
             async for kind, piece in self.helper.lines("answer", messages=messages, **asked):
                 if kind == "piece":
