@@ -172,7 +172,7 @@ def to_gguf(
             f"--checkpoint_dir {source.path}."
         )
     out_file = Path(out_file)
-    model = as_gguf(source.config, source.hf_config["model_type"], source.layout(), source.read, dtype)
+    model = as_gguf(source.config, source.hf_config, source.layout(), source.read, dtype)
     tokenizer, told = tokenizer_metadata(source.tokenizer_dir, source.tokenizer(), source.config.vocab_size)
     metadata = {"general.name": out_file.stem, **model.metadata, **tokenizer}
     write_gguf(out_file, model.arch, metadata, model.layout, model.read)

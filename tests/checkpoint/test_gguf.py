@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.convert.gguf import FAMILIES as LLAMA_CPPS
+from litfreeze.checkpoint.convert.gguf_family import FAMILIES as LLAMA_CPPS
 from litfreeze.checkpoint.convert.gguf_file import GGUFFile, write_gguf
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.checkpoint.tensors import same_bits
