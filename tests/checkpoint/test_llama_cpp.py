@@ -4,16 +4,23 @@ import json
 import random
 import shutil
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import sentencepiece
 import torch
-from families import random_tokens, saved_model, write_json
+from families import FAMILIES, for_llama_cpp, random_tokens, saved_model, write_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from litfreeze.checkpoint.convert.gguf_tokenizer import LLAMA3, QWEN2, SPLITS
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.config import Config
 from litfreeze.demo import MODEL_DIR
+from litfreeze.errors import UsageError
+from litfreeze.model import GPT
 from litfreeze.scripts.convert import from_gguf, to_gguf
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp (pip install xllamacpp) is not installed")
@@ -22,9 +29,9 @@ xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp (pip install xlla
 class LlamaCpp:
     """llama.cpp's own server over one file, in this process, in float32 throughout."""
 
-    def __init__(self, path):
+    def __init__(self, path, n_ctx=256):
         params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel, params.port = str(path), 256, 1, 0
+        params.model.path, params.n_ctx, params.n_parallel, params.port = str(path), n_ctx, 1, 0
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = params.n_threads_http = 1
@@ -88,6 +95,16 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 GPT2 = {"model_type": "gpt2", "vocab_size": 1539, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 128}
 NEOX = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
 NEOX |= {"model_type": "gpt_neox", "tie_word_embeddings": False}
+GEMMA = LLAMA | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12}
+GEMMA2 = GEMMA | {"model_type": "gemma2", "num_hidden_layers": 3}
+GEMMA3 = GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7}
+DEEP = {"hidden_size": 24, "intermediate_size": 16, "num_attention_heads": 3, "num_key_value_heads": 1}
+DEEP |= {"query_pre_attn_scalar": 8}
+OLMO2 = LLAMA | {"model_type": "olmo2", "tie_word_embeddings": False}
+PHI3 = LLAMA | {"model_type": "phi3", "pad_token_id": None}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.25], "long_factor": [2.0, 3.5]}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN3_MOE = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True}
 MODELS = {
     "llama": LLAMA,
     "llama, own head, eps": LLAMA | {"tie_word_embeddings": False, "rms_norm_eps": 1e-2, "rope_theta": 500.0},
@@ -106,27 +123,128 @@ MODELS = {
     "gpt2, own head": GPT2 | {"tie_word_embeddings": False, "n_inner": 40},
     "gpt_neox": NEOX,
     "gpt_neox, sequential": NEOX | {"use_parallel_residual": False, "rotary_pct": 0.5},
+    "olmo2": OLMO2,
+    "olmo2, yarn": OLMO2 | {"rope_theta": 100.0, "rope_scaling": YARN},
+    "phi3": PHI3,
+    "phi3, a share, window": PHI3 | {"partial_rotary_factor": 0.5, "sliding_window": 48},
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE | {"head_dim": 16, "moe_intermediate_size": 24},
+}
+GEMMAS = {
+    "gemma2": GEMMA2,
+    "gemma2, caps, linear": GEMMA2
+    | {
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 3.5},
+    },
+    "gemma2, windows only": GEMMA2 | {"layer_types": ["sliding_attention"] * 3},
+    "gemma2, 46 blocks": GEMMA2 | DEEP | {"num_hidden_layers": 46},
+    "gemma3": GEMMA3,
+    "gemma3, pattern, bases, own head": GEMMA3
+    | {
+        "num_hidden_layers": 4,
+        "sliding_window_pattern": 2,
+        "rope_theta": 500.0,
+        "rope_local_base_freq": 30.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "tie_word_embeddings": False,
+    },
+    "gemma3, no window, cap": GEMMA3
+    | {"num_hidden_layers": 2, "sliding_window_pattern": 1, "final_logit_softcapping": 3.0},
+    "gemma3, 62 blocks": GEMMA3 | DEEP | {"num_hidden_layers": 62},
 }
 # llama.cpp looks GELU up in a table of float16, and GPT-NeoX's is approximated besides
 WITHIN = {"gpt2": 5e-3, "gpt_neox": 5e-3}
 
 
+def converted(fields, folder, n_ctx=256, weights=1.0):
+    """A random model of `fields` with the demo's tokenizer, its weights times `weights`: our checkpoint and model, and
+    llama.cpp with its file."""
+    with saved_model(fields) as (saved, _):
+        shutil.copytree(saved, folder / "model")
+    stored = load_file(folder / "model" / "model.safetensors")
+    save_file({k: v * weights for k, v in stored.items()}, folder / "model" / "model.safetensors", {"format": "pt"})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODEL_DIR / file, folder / "model" / file)
+    checkpoint = open_checkpoint(folder / "model")
+    model = load_model(checkpoint, lambda _: torch.float32)
+    return checkpoint, model, LlamaCpp(to_gguf(folder / "model", folder / "model.gguf", "f32"), n_ctx)
+
+
+def agree(model, theirs, within, lengths=(1, 2, 36)):
+    """Log-probabilities after prompts of these lengths; the last prompt."""
+    for seed, length in enumerate(lengths):
+        prompt = random_tokens(1536, 1, length, seed)[0].tolist()
+        ours = our_log_probabilities(model, prompt)
+        torch.testing.assert_close(theirs.log_probabilities(prompt, len(ours)), ours, atol=within, rtol=0)
+    return prompt
+
+
+def agree_on_answers(checkpoint, model, theirs, prompt):
+    assert theirs.greedy(prompt, 12)[:12] == our_greedy(model, prompt, 12, checkpoint.tokenizer().eos_ids)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_the_same(name, tmp_path):
-    with saved_model(MODELS[name]) as (saved, _):
-        shutil.copytree(saved, tmp_path / "model")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(MODEL_DIR / file, tmp_path / "model" / file)
-    checkpoint = open_checkpoint(tmp_path / "model")
-    model = load_model(checkpoint, lambda _: torch.float32)
-    theirs = LlamaCpp(to_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32"))
+    checkpoint, model, theirs = converted(MODELS[name], tmp_path)
     within = WITHIN.get(MODELS[name]["model_type"], 1e-3)
-    for seed, length in enumerate((1, 2, 36)):
-        prompt = random_tokens(1536, 1, length, seed)[0].tolist()
-        ours, found = our_log_probabilities(model, prompt), theirs.log_probabilities(prompt, 1539)
-        torch.testing.assert_close(found, ours, atol=within, rtol=0)
+    prompt = agree(model, theirs, within)
     if within == 1e-3:
-        assert theirs.greedy(prompt, 12)[:12] == our_greedy(model, prompt, 12, checkpoint.tokenizer().eos_ids)
+        agree_on_answers(checkpoint, model, theirs, prompt)
+
+
+class InHalf(torch.nn.Module):
+    """GELU as llama.cpp's table on a processor has it: of a float16, as a float16."""
+
+    def forward(self, x):
+        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+
+@pytest.mark.parametrize("name", GEMMAS)
+def test_llama_cpp_computes_the_same_gemma(name, tmp_path):
+    """Far beyond the window too. Random weights are small here, so that depth does not magnify what GELU's table
+    rounds; with the same table of ours nothing is left of the difference."""
+    depth = GEMMAS[name]["num_hidden_layers"]
+    checkpoint, model, theirs = converted(GEMMAS[name], tmp_path, weights={46: 0.2, 62: 0.1}.get(depth, 0.3))
+    agree(model, theirs, 5e-3)
+    for block in model.blocks:
+        block.mlp.activation = InHalf()
+    prompt = agree(model, theirs, 1e-3, lengths=(1, 2, 36, 60))
+    agree_on_answers(checkpoint, model, theirs, prompt)
+
+
+NEWER = ("gemma2", "gemma3_text", "phi3", "olmo2", "mixtral", "qwen3_moe")
+
+
+@pytest.mark.parametrize("family", NEWER)
+@settings(max_examples=4)
+@given(data=st.data())
+def test_llama_cpp_computes_the_same_as_any(family, data, tmp_path_factory):
+    fields = for_llama_cpp(data.draw(FAMILIES[family]))
+    gemma = family.startswith("gemma")
+    fields |= {} if gemma else {"sliding_window": None}  # a context of a few tokens is none to the server
+    try:
+        _, model, theirs = converted(fields, tmp_path_factory.mktemp("any"), weights=0.3 if gemma else 1.0)
+    except UsageError as error:
+        assert Config.from_hf(fields).rope.kind in ("llama3", "yarn") and "llama.cpp's" in str(error)
+        return
+    if gemma:
+        for block in model.blocks:
+            block.mlp.activation = InHalf()
+    agree(model, theirs, 1e-3, lengths=(1, 36))
+
+
+def test_llama_cpp_turns_as_far_as_its_texts_are_long(tmp_path):
+    """Phi-3's short factors if it is run for no more positions than the model was trained with, and its long ones."""
+    sizes = {"original_max_position_embeddings": 256, "max_position_embeddings": 512}
+    fields = PHI3 | sizes | {"partial_rotary_factor": 0.5, "rope_scaling": LONGROPE}
+    checkpoint, model, theirs = converted(fields, tmp_path)
+    agree_on_answers(checkpoint, model, theirs, agree(model, theirs, 1e-3))
+    rope = replace(model.config.rope, factors=tuple(LONGROPE["long_factor"]))
+    longer = GPT(replace(model.config, rope=rope))
+    longer.load_state_dict(model.state_dict())
+    agree(longer, LlamaCpp(tmp_path / "model.gguf", 512), 1e-3)
 
 
 def test_quantised_files_run(tmp_path):

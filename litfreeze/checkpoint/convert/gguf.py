@@ -297,7 +297,7 @@ def _context_length(config: Config, family: Family) -> int:
 def _stored_as(name: str, shape: tuple[int, ...], kind: Kind, head: str) -> Kind:
     """As llama.cpp's own tools do: vectors in float32, rows that cannot be quantised in f16, and the head, which
     suffers most, in more than four bits."""
-    if len(shape) < 2 or name in FULL:
+    if len(shape) < 2 or name.endswith(FULL):
         return Kind.F32
     if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         return Kind.F16
