@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from litfreeze.checkpoint.convert.gguf_file import GGUFFile, write_gguf
 from litfreeze.checkpoint.convert.gguf_tokenizer import LLAMA3, QWEN2, SPLITS
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.config import Config
@@ -413,6 +414,155 @@ def test_sentencepiece_gives_the_same_tokens(with_tokenizer, tmp_path, capsys):
     again = LlamaCpp(to_gguf(folder, tmp_path / "again.gguf"))
     assert "puts a space" not in capsys.readouterr().out
     assert differing(back, again, texts(100)) == []
+
+
+def write_sentencepiece_json(folder, added, prefix):
+    """SentencePiece's BPE as Gemma and Phi-3 have it: a tokenizer.json with a merge for every pair that makes a token.
+    `added`: (text, whether special, whether it takes the white space behind it) of tokens beside, ids from 0 on."""
+    write_sentencepiece(folder)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    (folder / "tokenizer.model").unlink()
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    made = [p for p in pieces if not p.startswith("<") or len(p) == 1]
+    made += ["▁▁", "▁▁▁", "▁▁▁▁", "\n\n", "\n"]
+    vocab = list(dict.fromkeys([text for text, *_ in added] + [f"<0x{i:02X}>" for i in range(256)] + made))
+    merges = [[p[:cut], p[cut:]] for p in made for cut in range(1, len(p)) if {p[:cut], p[cut:]} <= set(vocab)]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend = [{"type": "Prepend", "prepend": "▁"}]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": text,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": strips,
+                "normalized": False,
+                "special": special,
+            }
+            for i, (text, special, strips) in enumerate(added)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]} if prefix else replace,
+        "pre_tokenizer": None
+        if prefix
+        else {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {text: i for i, text in enumerate(vocab)},
+            "merges": merges,
+        },
+    }
+    write_json(folder / "tokenizer.json", content)
+
+
+GEMMAS_TOKENS = [("<pad>", True, False), ("<eos>", True, False), ("<bos>", True, False), ("<unk>", True, False)]
+GEMMAS_TOKENS += [("<start_of_turn>", True, False), ("<end_of_turn>", True, False), ("\n\n", False, False)]
+GEMMAS_TOKENS += [("▁▁", False, False), ("▁▁▁", False, False), ("[multimodal]", False, False)]
+PHI3S_TOKENS = [("<unk>", True, False), ("<s>", True, False), ("</s>", False, True), ("<|endoftext|>", True, False)]
+PHI3S_TOKENS += [("<|user|>", True, True), ("<|end|>", True, True), ("<|assistant|>", True, True)]
+
+
+def with_turns(n):
+    """The mixtures of `texts`, with what chats have in between."""
+    chance, more = (
+        random.Random(1),
+        ["<start_of_turn>", "<end_of_turn>\n", "[multimodal]", "<|user|>\n ", "<|end|>  \n"],
+    )
+    more += ["<|endoftext|> \n", "</s> ", "   ", "\n\n\n", "<eos>"]
+    for text in texts(n, without=("<", *SPECIAL)):
+        words = text.split(" ")
+        for _ in range(3):
+            words.insert(chance.randint(0, len(words)), chance.choice(more))
+        yield " ".join(words)
+
+
+def test_gemmas_tokenizer_gives_the_same_tokens(with_tokenizer, tmp_path, capsys):
+    """As Hugging Face has it, and as llama.cpp's own files have it, where runs of spaces are spelled as such."""
+    template = "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+    def write(folder):
+        write_sentencepiece_json(folder, GEMMAS_TOKENS, prefix=False)
+        write_json(folder / "tokenizer_config.json", names | {"chat_template": template, "add_bos_token": True})
+
+    source = with_tokenizer(write)
+    write_json(source / "generation_config.json", {"eos_token_id": [1, 5]})
+    ours = open_checkpoint(source).tokenizer()
+    file = to_gguf(source, tmp_path / "model.gguf")
+    assert "puts a space" not in capsys.readouterr().out
+    theirs, back = LlamaCpp(file), open_checkpoint(from_gguf(file, tmp_path / "back")).tokenizer()
+    some = [*texts(300), *with_turns(200)]
+    assert differing(ours, theirs, some) == [] and differing(back, theirs, some) == []
+    assert (back.special_tokens, back.eos_ids, back.chat_template) == (ours.special_tokens, (1, 5), template)
+    chat = ours.render_chat([{"role": "user", "content": "x  y"}], True)
+    assert theirs.encode(chat) == back.encode(chat) == ours.encode(chat)
+
+    opened = GGUFFile(file)
+    meta = {key: value for key, value in opened.metadata.items() if key != "general.architecture"}
+    kinds = meta["tokenizer.ggml.token_type"]
+    spelled = [t.replace("▁", " ") if kinds[i] == 4 else t for i, t in enumerate(meta["tokenizer.ggml.tokens"])]
+    layout = {name: (place.kind, place.shape) for name, place in opened.places.items()}
+    path = tmp_path / "theirs.gguf"
+    write_gguf(
+        path, "llama", meta | {"tokenizer.ggml.tokens": spelled}, layout, lambda n: opened.read(n, torch.float32)
+    )
+    back = open_checkpoint(from_gguf(path, tmp_path / "spelled")).tokenizer()
+    assert differing(back, LlamaCpp(path), some) == []
+    again = LlamaCpp(to_gguf(tmp_path / "spelled", tmp_path / "again.gguf"))
+    assert differing(back, again, some) == []
+
+
+def test_phi_3s_special_tokens_take_the_space_behind_them(with_tokenizer, tmp_path, capsys):
+    """No key of a GGUF file says so, but its name; and no other file's name does."""
+    names = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "unk_token": "<unk>", "add_bos_token": True}
+
+    def write(folder):
+        write_sentencepiece_json(folder, PHI3S_TOKENS, prefix=True)
+        write_json(folder / "tokenizer_config.json", names)
+
+    source = with_tokenizer(write)
+    ours = open_checkpoint(source).tokenizer()
+    file = to_gguf(source, tmp_path / "mine.gguf")
+    assert "white space behind them" in capsys.readouterr().out and GGUFFile(file).metadata["general.name"] == "Phi-3"
+    theirs, back = LlamaCpp(file), open_checkpoint(from_gguf(file, tmp_path / "back")).tokenizer()
+    odd = "\u00a0\u2003\u3000\u2028\u0085\u1680\x1c\x1d\x1e\x1f"  # no white space to llama.cpp
+    some = ["".join(letter for letter in text if letter not in odd) for text in with_turns(300)]
+    assert any("<|end|> " in text for text in some)
+    assert differing(ours, theirs, some) == [] and differing(back, theirs, some) == []
+
+    plain = [(text, special, False) for text, special, _ in PHI3S_TOKENS]
+    write_sentencepiece_json(source, plain, prefix=True)
+    file = to_gguf(source, tmp_path / "my-Phi3.gguf")
+    ours, theirs = open_checkpoint(source).tokenizer(), LlamaCpp(file)
+    assert differing(ours, theirs, some) == []
+
+
+def test_ordinary_tokens_that_llama_cpp_takes_for_special_are_told(with_tokenizer, tmp_path, capsys):
+    """Qwen has </s> among its ordinary tokens: its texts never give it."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {text: i for i, text in enumerate([*letters, "<|eos|>", "ab", "</s>", "<|im_start|>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|eos|>"])
+
+    def write(folder):
+        tokenizer.save(str(folder / "tokenizer.json"))
+        write_json(folder / "tokenizer_config.json", {"eos_token": "<|eos|>"})
+
+    source = with_tokenizer(write)
+    file = to_gguf(source, tmp_path / "model.gguf")
+    assert "llama.cpp takes '</s>' for a special token" in capsys.readouterr().out
+    theirs, back = LlamaCpp(file), open_checkpoint(from_gguf(file, tmp_path / "back")).tokenizer()
+    assert theirs.encode("</s>") == [vocab["</s>"]] and len(theirs.encode("<|im_start|>")) > 1
+    assert back.encode("</s>") == open_checkpoint(source).tokenizer().encode("</s>") != [vocab["</s>"]]
 
 
 @pytest.mark.parametrize("name", ["demo", "smollm2"])
