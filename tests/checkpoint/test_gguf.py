@@ -549,6 +549,8 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     (tmp_path / "model.gguf").write_text("mine", "utf-8")
     assert "exists" in refused(capsys, "convert", "to_gguf", "--out_file", tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").read_text("utf-8") == "mine"
+    assert "model.gguf" in refused(capsys, "convert", "to_gguf", "--out_file", tmp_path)
+    assert "from_gguf" in refused(capsys, "convert", "to_hf", "--checkpoint_dir", tmp_path / "model.gguf")
     assert "not empty" in refused(capsys, "convert", "from_gguf", to_gguf(out_file=tmp_path / "a.gguf"), tmp_path)
 
 
@@ -679,7 +681,7 @@ def test_a_factor_without_a_type_is_linear(good, tmp_path):
 
 def test_what_is_no_gguf_file_is_told(tmp_path, capsys):
     (tmp_path / "text.gguf").write_text("GGML and more", "utf-8")
-    for name, told in {".": "is no file", "no.gguf": "not exist", "text.gguf": "no GGUF"}.items():
+    for name, told in {".": "is a directory", "no.gguf": "not exist", "text.gguf": "no GGUF"}.items():
         assert told in refused(capsys, "convert", "from_gguf", tmp_path / name, tmp_path / "out")
 
 

@@ -48,7 +48,8 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            raise UsageError(f"{path} does not exist, or is no file.")
+            kind = "is a directory, no GGUF file" if path.is_dir() else "does not exist, or is no file"
+            raise UsageError(f"{path} {kind}.")
         try:
             data = np.memmap(path, mode="r")
             self.metadata, self.places = _Header(data).read()
@@ -176,6 +177,8 @@ def write_gguf(
     holds it, what it becomes, and 64 MiB.
 
     Whole numbers are written as uint32, others as float32. Raises UsageError if `path` exists."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory. Name a file in it: --out_file {path / 'model.gguf'}.")
     if path.exists():
         raise UsageError(f"{path} exists. Choose another --out_file, or move it away.")
     path.parent.mkdir(parents=True, exist_ok=True)
