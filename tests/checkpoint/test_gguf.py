@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from litfreeze.__main__ import main
 from litfreeze.checkpoint.convert.gguf_family import FAMILIES as LLAMA_CPPS
@@ -30,7 +31,7 @@ from litfreeze.checkpoint.tensors import same_bits
 from litfreeze.config import Config
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
-from litfreeze.scripts.convert import from_gguf, from_hf, to_gguf
+from litfreeze.scripts.convert import from_gguf, from_hf, to_gguf, to_hf
 
 LLAMA = {
     "model_type": "llama",
@@ -356,6 +357,29 @@ def test_phi_3_keeps_its_long_factors(make_model, tmp_path):
     assert back.hf_config["rope_scaling"]["long_factor"] == long["long_factor"]
     assert GGUFFile(file).metadata["phi3.context_length"] == 64
     assert torch.equal(logits(tmp_path / "back", TOKENS), logits(source, TOKENS))
+
+
+NEWER = {
+    "gemma2": GEMMA | {"model_type": "gemma2", "num_hidden_layers": 3},
+    "gemma3": GEMMA | {"num_hidden_layers": 4, "sliding_window_pattern": 3, "rope_local_base_freq": 30.0},
+    "olmo2": LLAMA | {"model_type": "olmo2", "tie_word_embeddings": False},
+    "phi3": LLAMA | {"model_type": "phi3", "pad_token_id": None, "sliding_window": None},
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS
+    | {"model_type": "qwen3_moe", "num_experts": 4, "norm_topk_prob": True, "moe_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("family", NEWER)
+def test_transformers_takes_what_comes_back_for_what_it_was(family, tmp_path):
+    with saved_model(NEWER[family]) as (source, model):
+        add_tokenizer(source)
+        file = to_gguf(source, tmp_path / "model.gguf")
+        with torch.no_grad():
+            expected = model(TOKENS).logits
+    theirs = AutoModelForCausalLM.from_pretrained(to_hf(from_gguf(file, tmp_path / "ours"), tmp_path / "hf"))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_values_beyond_float16_are_told(make_model, tmp_path):

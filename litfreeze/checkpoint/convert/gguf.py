@@ -21,17 +21,16 @@ from litfreeze.checkpoint.convert.gguf_family import (
 )
 from litfreeze.checkpoint.convert.gguf_file import FLOATS, GGUFFile, Kind, gguf
 from litfreeze.checkpoint.convert.gguf_rope import (
-    LOCAL_BASE,
     check_frequencies,
     check_rope,
     hf_rope,
     rope_metadata,
     rope_tensors,
 )
+from litfreeze.checkpoint.convert.gguf_windows import context_length, hf_windows, windows_metadata
 from litfreeze.checkpoint.tensors import Layout
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
-from litfreeze.fields import MOST_LAYERS
 from litfreeze.lora import model_parameters
 
 # What says nothing of the mathematics, or says it again
@@ -113,8 +112,10 @@ def _hf_config(file: GGUFFile) -> dict[str, Any]:
         if family.wide_heads:
             hf.setdefault("head_dim", width // max(heads, 1))
         if family.uneven:
-            hf["query_pre_attn_scalar"] = family.score_size(hf["num_hidden_layers"], width, heads, hf["head_dim"])
-    hf |= _hf_windows(file, take, family, hf.get("num_hidden_layers"))
+            hf["query_pre_attn_scalar"] = family.score_size(
+                hf["num_hidden_layers"], width, max(heads, 1), hf["head_dim"]
+            )
+    hf |= hf_windows(file, take, family, hf.get("num_hidden_layers"))
     if family.scalings:
         hf |= hf_rope(file, left, take, family, hf)
     if take("attention.causal", True) is not True:
@@ -134,30 +135,9 @@ def _hf_config(file: GGUFFile) -> dict[str, Any]:
     if model_type == "llama":
         hf["attention_bias"] = "blk.0.attn_q.bias" in file.places
         hf["mlp_bias"] = "blk.0.ffn_up.bias" in file.places
-    for name in ("bos", "eos"):
-        hf[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
+        hf[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
     return hf
-
-
-def _hf_windows(file: GGUFFile, take: Callable[..., Any], family: Family, n_layer: Any) -> dict[str, Any]:
-    """The fields of config.json that say which of `n_layer` blocks have a sliding window."""
-    if family.windows is None:
-        return {}
-    size = take("attention.sliding_window", family.windows.size)
-    if not family.windows.used:
-        return {"sliding_window": size or None}
-    period = take("attention.sliding_window_pattern", family.windows.period)
-    if type(period) is not int or period < 0:
-        raise UsageError(f"{file.path}: {family.arch}.attention.sliding_window_pattern is {period}.")
-    period = 1 if family.windows.size is None and not size else period  # no window at all
-    blocks = range(n_layer if type(n_layer) is int and n_layer <= MOST_LAYERS else 0)
-    kinds = ["full_attention" if _sees_all(i, period) else "sliding_attention" for i in blocks]
-    return {"layer_types": kinds, **({} if period == 1 else {"sliding_window": size})}
-
-
-def _sees_all(i: int, period: int) -> bool:
-    """Whether block `i` is without a window if each `period`-th is; 0 is none."""
-    return period > 0 and i % period == period - 1
 
 
 # --- writing ours as a file -------------------------------------------------------------------------------------------
@@ -204,9 +184,9 @@ def as_gguf(
     check_rope(config, family)
 
     told = [family.told[config.activation]] if config.activation in family.told else []
-    windows, of_windows = _windows_metadata(config, family)
+    windows, of_windows = windows_metadata(config, family)
     told += of_windows
-    seen = replace(config, block_size=_context_length(config, family))
+    seen = replace(config, block_size=context_length(config, family))
     if seen.block_size < config.block_size:
         told.append(
             f"llama.cpp has no sliding window for {family.arch}: context_length is the window, {seen.block_size}."
@@ -259,39 +239,6 @@ def _check_mathematics(config: Config, family: Family) -> None:
                 f"llama.cpp's {family.arch} of {config.n_layer} blocks has query_pre_attn_scalar={size}, and this "
                 f"model {config.attention_scale**-2:g}."
             )
-
-
-def _windows_metadata(config: Config, family: Family) -> tuple[dict[str, Any], list[str]]:
-    """The keys that say which blocks have a sliding window, and what is to be told of them."""
-    if family.windows is None:
-        return {}, []
-    if not family.windows.used:
-        return {"attention.sliding_window": 0}, []
-    usual, blocks = family.windows.period, range(config.n_layer)
-    for period in (usual, 0, *range(1, config.n_layer + 1)):
-        if all((config.windows[i] is None) == _sees_all(i, period) for i in blocks):
-            break
-    else:
-        raise UsageError(
-            f"llama.cpp's {family.arch} has a window in every block but each n-th; this model has it elsewhere."
-        )
-    if period == 1 and family.windows.size is None:
-        return {}, []
-    if period == 1:
-        raise UsageError(f"llama.cpp's {family.arch} does not run without a block with a window; this model has none.")
-    found = {} if period == usual else {"attention.sliding_window_pattern": period}
-    if config.local_rope is not None and config.local_rope.theta != LOCAL_BASE:
-        found["rope.freq_base_swa"] = config.local_rope.theta
-    told = [f"Older versions of llama.cpp know no {key} ({value}), and answer wrongly." for key, value in found.items()]
-    sizes = {window for window in config.windows if window is not None}
-    return found | ({"attention.sliding_window": sizes.pop()} if sizes else {}), told
-
-
-def _context_length(config: Config, family: Family) -> int:
-    """How many positions llama.cpp computes as the model does: its smallest window where llama.cpp has none."""
-    if family.windows is not None and family.windows.used:
-        return config.block_size
-    return min([config.block_size, *(window for window in config.windows if window is not None)])
 
 
 def _stored_as(name: str, shape: tuple[int, ...], kind: Kind, head: str) -> Kind:

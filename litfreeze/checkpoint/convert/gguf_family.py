@@ -84,6 +84,7 @@ QWEN3_MOE = {
     "expert_count": ("num_experts", "n_expert"),
     "expert_used_count": ("num_experts_per_tok", "n_expert_per_token"),
     "expert_feed_forward_length": ("moe_intermediate_size", "moe_intermediate_size"),
+    "expert_weights_norm": ("norm_topk_prob", "norm_topk_prob"),
 }
 GPT_NEOX = {
     **SIZES,
@@ -105,6 +106,7 @@ OPTIONAL = (
     "attention.value_length",
     "attn_logit_softcapping",
     "final_logit_softcapping",
+    "expert_weights_norm",
 )
 
 

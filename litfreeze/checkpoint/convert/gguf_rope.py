@@ -100,6 +100,8 @@ def _hf_longrope(file: GGUFFile, values: Mapping[str, Any], hf: Mapping[str, Any
             raise UsageError(f"{file.path}: tensor {name} is missing.")
         # As the shortest decimals that they are
         factors[name] = [float(str(value)) for value in file.read(name, torch.float32).view(-1).numpy()]
+    if len(factors[LONG]) != len(factors[SHORT]) or not all(0 < factor < math.inf for factor in factors[LONG]):
+        raise UsageError(f"{file.path}: {LONG} must hold {len(factors[SHORT])} positive numbers, as {SHORT} does.")
     return {
         "original_max_position_embeddings": values.get(
             "original_max_position_embeddings", hf["max_position_embeddings"]
