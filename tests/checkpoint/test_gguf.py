@@ -660,6 +660,7 @@ WRONG_GEMMA = {
         "layout": lambda places: places.update({"rope_factors_short.weight": (Kind.F32, (2, 2))})
     },
     "num_hidden_layers is": key("block_count", 4.0),
+    "gemma3.context_length is nan": key("context_length", float("nan")),
 }
 
 
