@@ -93,7 +93,7 @@ def _hf_config(file: GGUFFile) -> dict[str, Any]:
 
     def take(key: str, default: Any = None) -> Any:
         value = left.pop(key, default)
-        if isinstance(value, (list, str)) or value != value:  # NaN
+        if isinstance(value, (list, str)) or (isinstance(value, float) and not math.isfinite(value)):
             raise UsageError(f"{file.path}: {arch}.{key} is {str(value)[:60]}; litfreeze takes one number for it.")
         return value
 
