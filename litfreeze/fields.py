@@ -102,7 +102,7 @@ class Fields:
     def softcap(self, key: str, default: Optional[float]) -> Optional[float]:
         """A positive number, or None: null says so, as in transformers."""
         value = self.take(key, default)
-        return None if value is None else self.number("value", 0.0, {"value": value})
+        return None if value is None else self.number(key, 0.0, {key: value})
 
     def flag(self, key: str, default: bool, within: Optional[dict[str, Any]] = None) -> bool:
         value = (self.left if within is None else within).pop(key, None)

@@ -248,6 +248,36 @@ FAMILIES: dict[str, st.SearchStrategy[Fields]] = {
 }
 
 
+def for_llama_cpp(fields: Fields) -> Fields:
+    """`fields` with what llama.cpp leaves no choice in, and the demo's vocabulary with some rows of padding."""
+    model_type = fields["model_type"]
+    fields = fields | {"vocab_size": 1536 + fields["vocab_size"] % 2 * 3}
+    if model_type == "gpt2":
+        return fields | {"activation_function": "gelu_new"}
+    if model_type == "gpt_neox":
+        return fields | {"hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}
+    if model_type.startswith("gemma"):
+        fields |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": fields["head_dim"]}
+        if fields.pop("layer_types", None):  # any, drawn; here by a period that is neither family's own
+            kinds = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(4)]
+            fields["layer_types"] = kinds[: fields["num_hidden_layers"]]
+        if model_type == "gemma2":
+            fields["tie_word_embeddings"] = True
+            fields |= {"attn_logit_softcapping": fields["attn_logit_softcapping"] or 2.0}
+            fields |= {"final_logit_softcapping": fields["final_logit_softcapping"] or 5.0}
+        return fields
+    fields["hidden_act"] = "silu"
+    if model_type in ("qwen2", "olmo2"):
+        fields.pop("head_dim", None)
+    if model_type in ("qwen3", "qwen3_moe", "olmo2"):
+        fields["attention_bias"] = False
+    if model_type == "olmo2":
+        fields["tie_word_embeddings"] = False
+    if model_type == "qwen3_moe":
+        fields |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    return fields
+
+
 # --- transformers' model of a drawn config ---------------------------------------------------------------------------
 
 

@@ -200,6 +200,8 @@ def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, for
     here = False
     with suppress(OSError):  # a name that is too long, say
         here = path.is_dir()
+    if not here and path.suffix == ".gguf":
+        raise UsageError(f"{path} is no directory. litfreeze convert from_gguf {path} DIR makes one of a GGUF file.")
     if not here:
         raise UsageError(
             f"{path} is no directory here. A checkpoint is a litfreeze, Hugging Face or PEFT directory, or a model on "

@@ -160,7 +160,7 @@ def to_gguf(
     """
     from litfreeze.checkpoint.convert.gguf import as_gguf
     from litfreeze.checkpoint.convert.gguf_file import write_gguf
-    from litfreeze.checkpoint.convert.gguf_tokenizer import tokenizer_metadata
+    from litfreeze.checkpoint.convert.gguf_tokenizer import STRIPPING, tokenizer_metadata
     from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
@@ -172,9 +172,10 @@ def to_gguf(
             f"--checkpoint_dir {source.path}."
         )
     out_file = Path(out_file)
-    model = as_gguf(source.config, source.hf_config["model_type"], source.layout(), source.read, dtype)
+    model = as_gguf(source.config, source.hf_config, source.layout(), source.read, dtype)
     tokenizer, told = tokenizer_metadata(source.tokenizer_dir, source.tokenizer(), source.config.vocab_size)
-    metadata = {"general.name": out_file.stem, **model.metadata, **tokenizer}
+    name = STRIPPING.sub("phi 3", out_file.stem)  # a file's name must not change how texts are tokenized
+    metadata = {"general.name": name, **model.metadata, **tokenizer}
     write_gguf(out_file, model.arch, metadata, model.layout, model.read)
     kinds = sorted({kind.name for kind, _ in model.layout.values()})
     print(f"{out_file}: {len(model.layout)} tensors ({', '.join(kinds)}), {out_file.stat().st_size / 1e6:,.1f} MB.")

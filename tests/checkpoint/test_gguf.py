@@ -8,26 +8,30 @@ import subprocess
 import sys
 import zipfile
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, random_tokens, saved_model, write_json
+from families import FAMILIES, for_llama_cpp, random_tokens, saved_model, write_json
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.convert.gguf import FAMILIES as LLAMA_CPPS
+from litfreeze.checkpoint.convert.gguf_family import FAMILIES as LLAMA_CPPS
+from litfreeze.checkpoint.convert.gguf_family import PlusOne
 from litfreeze.checkpoint.convert.gguf_file import GGUFFile, write_gguf
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.checkpoint.tensors import same_bits
 from litfreeze.config import Config
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
-from litfreeze.scripts.convert import from_gguf, from_hf, to_gguf
+from litfreeze.scripts.convert import from_gguf, from_hf, to_gguf, to_hf
 
 LLAMA = {
     "model_type": "llama",
@@ -68,22 +72,6 @@ def logits(folder, tokens):
 # --- there and back ---------------------------------------------------------------------------------------------------
 
 
-def fitted(fields):
-    """`fields` with what llama.cpp has no choice in, and the demo's vocabulary with some rows of padding."""
-    model_type = fields["model_type"]
-    fields = fields | {"vocab_size": 1536 + fields["vocab_size"] % 2 * 3}
-    if model_type == "gpt2":
-        return fields | {"activation_function": "gelu_new"}
-    if model_type == "gpt_neox":
-        return fields | {"hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}
-    fields["hidden_act"] = "silu"
-    if model_type == "qwen2":
-        fields.pop("head_dim", None)
-    if model_type == "qwen3":
-        fields["attention_bias"] = False
-    return fields
-
-
 KNOWN = [name for name in FAMILIES if name.split(",")[0].split(" ")[0] in LLAMA_CPPS]
 
 
@@ -91,11 +79,11 @@ KNOWN = [name for name in FAMILIES if name.split(",")[0].split(" ")[0] in LLAMA_
 @settings(max_examples=8)
 @given(data=st.data())
 def test_there_and_back(family, data, tmp_path_factory):
-    fields = fitted(data.draw(FAMILIES[family]))
+    fields = for_llama_cpp(data.draw(FAMILIES[family]))
     config, folder = Config.from_hf(fields), tmp_path_factory.mktemp("gguf")
     rope, model_type = config.rope, fields["model_type"]
     stretched = rope is not None and (
-        (rope.kind == "llama3" and model_type != "llama")
+        rope.kind not in LLAMA_CPPS[model_type].scalings
         or (rope.beta_fast, rope.beta_slow, rope.truncate) != (32, 1, True)
     )
     with saved_model(fields) as (source, _):
@@ -113,9 +101,40 @@ def test_there_and_back(family, data, tmp_path_factory):
             return
         ours, theirs = open_checkpoint(source), open_checkpoint(back)
         assert ours.layout() == theirs.layout()
-        assert all(same_bits(ours.read(name), theirs.read(name), torch.float32) for name in ours.layout())
-        tokens = random_tokens(1536, 1, min([9, *(window for window in config.windows if window)]))
+        gemma = config.norm == "rmsnorm_plus_one"
+        for name in ours.layout():
+            one, other = ours.read(name), theirs.read(name)
+            if gemma and "norm" in name:  # what the model multiplies with
+                one, other = 1 + one, 1 + other
+            assert same_bits(one, other, torch.float32), name
+        if gemma:
+            blocks = range(config.n_layer)  # without a window anywhere, what would turn there says nothing
+            assert [theirs.config.rope_of(i) for i in blocks] == [config.rope_of(i) for i in blocks]
+            assert replace(theirs.config, local_rope=None) == replace(config, local_rope=None)
+        tokens = random_tokens(1536, 1, 9 if gemma else min([9, *(window for window in config.windows if window)]))
         torch.testing.assert_close(logits(back, tokens), logits(source, tokens), atol=1e-4, rtol=1e-4)
+
+
+SIXTEEN_BITS = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 2**-16), (torch.float16, 2**-13)])
+def test_one_is_added_to_a_norm_and_taken_away_without_a_trace(dtype, least):
+    """Every weight there is: the same bits again, but for the smallest, which move by 2^-24 at most."""
+    weights = SIXTEEN_BITS.view(dtype)
+    weights = weights[weights.float().abs() < 2**23]  # neither infinite nor NaN, nor beyond what float32 can count
+    (back,) = PlusOne().split(PlusOne().join([weights]))
+    kept = (weights.float().abs() >= least) | (weights.view(torch.int16) == 0)
+    assert back.dtype == torch.float32 and same_bits(weights[kept], back[kept], dtype)
+    assert (weights[~kept].float() - back[~kept]).abs().max() <= 2**-24
+    assert 0 < kept.logical_not().sum() < 60000
+
+
+@given(st.lists(st.floats(-(2.0**23), 2.0**23, width=32), min_size=1, max_size=50))
+def test_what_a_norm_multiplies_with_stays_to_the_bit(weights):
+    weights = torch.tensor(weights)
+    (back,) = PlusOne().split(PlusOne().join([weights]))
+    assert same_bits(1 + back, 1 + weights, torch.float32)
 
 
 def test_llama_3_is_known_by_its_frequencies(make_model, tmp_path):
@@ -269,11 +288,103 @@ def test_dtypes_are_kept_or_chosen(make_model, tmp_path):
     assert not torch.equal(exact.read("embed.weight"), checkpoint.read("embed.weight").float())
 
 
+GEMMA = {
+    "model_type": "gemma3_text",
+    "vocab_size": 1536,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 12,
+    "max_position_embeddings": 64,
+}
+EXPERTS = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
+EXPERTS |= {"intermediate_size": 64, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gemmas_norms_come_back_in_their_own_bytes(dtype, make_model, tmp_path):
+    source = make_model(GEMMA)
+    held = getattr(torch, dtype)
+    stored = {name: t.to(held) for name, t in load_file(source / "model.safetensors").items()}
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    file = to_gguf(source, tmp_path / "model.gguf")
+    assert GGUFFile(file).places["blk.0.attn_norm.weight"].kind is Kind.F32
+    back = open_checkpoint(from_gguf(file, tmp_path / "back", dtype))
+    ours = open_checkpoint(source)
+    assert back.layout() == ours.layout() and {back.dtype(name) for name in back.layout()} == {held}
+    assert all(same_bits(ours.read(name), back.read(name), held) for name in ours.layout())
+    assert torch.equal(logits(tmp_path / "back", TOKENS), logits(source, TOKENS))
+
+
+TOKENS = random_tokens(1536, 1, 30)
+
+
+def test_one_expert_of_a_quantised_file_is_what_it_is_among_all(make_model, tmp_path):
+    """And a router, as llama.cpp has it, is not quantised."""
+    source = make_model(EXPERTS)
+    file = GGUFFile(to_gguf(source, tmp_path / "model.gguf", "q8_0"))
+    place = file.places["blk.0.ffn_up_exps.weight"]
+    assert place.kind is Kind.Q8_0 and place.shape == (4, 64, 64)
+    assert file.places["blk.0.ffn_gate_inp.weight"].kind is Kind.F32
+    every, back = (
+        file.read("blk.0.ffn_up_exps.weight", torch.float32),
+        open_checkpoint(from_gguf(file.path, tmp_path / "back", "float32")),
+    )
+    for e in range(4):
+        assert torch.equal(back.read(f"blocks.0.mlp.experts.{e}.up_proj.weight"), every[e])
+    torch.testing.assert_close(
+        back.read("blocks.0.mlp.experts.3.up_proj.weight"),
+        open_checkpoint(source).read("blocks.0.mlp.experts.3.up_proj.weight"),
+        atol=1e-2,
+        rtol=0,
+    )
+
+
+def test_phi_3_keeps_its_long_factors(make_model, tmp_path):
+    """Which litfreeze has no use for."""
+    long = {"type": "longrope", "short_factor": [1.0, 1.25] * 4, "long_factor": [2.0, 3.5] * 4}
+    fields = LLAMA | {"model_type": "phi3", "pad_token_id": None, "partial_rotary_factor": 0.5, "rope_scaling": long}
+    fields |= {"max_position_embeddings": 256, "original_max_position_embeddings": 64, "sliding_window": None}
+    source = make_model(fields)
+    file = to_gguf(source, tmp_path / "model.gguf")
+    back = open_checkpoint(from_gguf(file, tmp_path / "back"))
+    ours, theirs = open_checkpoint(source).config.rope, back.config.rope
+    assert theirs == replace(ours, factor=1.0, attention_factor=float(str(np.float32(ours.attention_factor))))
+    assert back.hf_config["rope_scaling"]["long_factor"] == long["long_factor"]
+    assert GGUFFile(file).metadata["phi3.context_length"] == 64
+    assert torch.equal(logits(tmp_path / "back", TOKENS), logits(source, TOKENS))
+
+
+NEWER = {
+    "gemma2": GEMMA | {"model_type": "gemma2", "num_hidden_layers": 3},
+    "gemma3": GEMMA | {"num_hidden_layers": 4, "sliding_window_pattern": 3, "rope_local_base_freq": 30.0},
+    "olmo2": LLAMA | {"model_type": "olmo2", "tie_word_embeddings": False},
+    "phi3": LLAMA | {"model_type": "phi3", "pad_token_id": None, "sliding_window": None},
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS
+    | {"model_type": "qwen3_moe", "num_experts": 4, "norm_topk_prob": True, "moe_intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("family", NEWER)
+def test_transformers_takes_what_comes_back_for_what_it_was(family, tmp_path):
+    with saved_model(NEWER[family]) as (source, model):
+        add_tokenizer(source)
+        file = to_gguf(source, tmp_path / "model.gguf")
+        with torch.no_grad():
+            expected = model(TOKENS).logits
+    theirs = AutoModelForCausalLM.from_pretrained(to_hf(from_gguf(file, tmp_path / "ours"), tmp_path / "hf"))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_values_beyond_float16_are_told(make_model, tmp_path):
     source = make_model(LLAMA)
     weights = open_checkpoint(source)
-    from safetensors.torch import save_file
-
     big = weights.tensors.stored["model.embed_tokens.weight"].clone()
     big[3, 3] = 1e6
     stored = {name: weights.tensors.stored[name].clone() for name in weights.tensors.stored}
@@ -338,6 +449,42 @@ MISMATCHES = {
     "llama, gelu": (LLAMA | {"hidden_act": "gelu"}, "activation=silu"),
     "qwen2, wide heads": (LLAMA | {"model_type": "qwen2", "head_dim": 16}, "heads of n_embd / n_head"),
     "qwen3, biases": (LLAMA | {"model_type": "qwen3", "attention_bias": True}, "qkv_bias=False"),
+    "experts, shares that do not add up": (
+        EXPERTS | {"model_type": "qwen3_moe", "num_experts": 4, "norm_topk_prob": False},
+        "norm_topk_prob=True",
+    ),
+    "experts, in some blocks": (
+        EXPERTS | {"model_type": "qwen3_moe", "num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": [0]},
+        "dense_blocks=()",
+    ),
+    "olmo2, tied": (LLAMA | {"model_type": "olmo2"}, "tie_embeddings=False"),
+    "phi3, gelu": (LLAMA | {"model_type": "phi3", "pad_token_id": None, "hidden_act": "gelu"}, "activation=silu"),
+    "gemma, silu": (GEMMA | {"hidden_activation": "silu"}, "activation=gelu_tanh"),
+    "gemma, another scale": (GEMMA | {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar=8, and this model 16"),
+    "gemma, scale of many blocks": (
+        GEMMA | {"num_hidden_layers": 62},
+        "62 blocks has query_pre_attn_scalar=16, and this model 8",
+    ),
+    "gemma, odd windows": (
+        GEMMA | {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        "every block but each n-th",
+    ),
+    "gemma, stretched windows": (
+        GEMMA
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            }
+        },
+        "stretches no positions in blocks with a window",
+    ),
+    "gemma2, straight": (GEMMA | {"model_type": "gemma2", "final_logit_softcapping": None}, "always has softcaps"),
+    "gemma2, no window": (
+        GEMMA | {"model_type": "gemma2", "layer_types": ["full_attention"] * 2},
+        "does not run without a block with a window",
+    ),
+    "gemma2, own head": (GEMMA | {"model_type": "gemma2", "tie_word_embeddings": False}, "tie_embeddings=True"),
     "a classifier": (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "to_hf"),
 }
 
@@ -426,6 +573,8 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     (tmp_path / "model.gguf").write_text("mine", "utf-8")
     assert "exists" in refused(capsys, "convert", "to_gguf", "--out_file", tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").read_text("utf-8") == "mine"
+    assert "model.gguf" in refused(capsys, "convert", "to_gguf", "--out_file", tmp_path)
+    assert "from_gguf" in refused(capsys, "convert", "to_hf", "--checkpoint_dir", tmp_path / "model.gguf")
     assert "not empty" in refused(capsys, "convert", "from_gguf", to_gguf(out_file=tmp_path / "a.gguf"), tmp_path)
 
 
@@ -450,7 +599,7 @@ def rewritten(good, path, metadata=lambda _: None, layout=lambda _: None):
 
 WRONG = {
     "architecture 'mamba' is not supported": {"metadata": lambda meta: meta.update({"general.architecture": "mamba"})},
-    "does not honour llama.expert_count=8": {"metadata": lambda meta: meta.update({"llama.expert_count": 8})},
+    "lack llama.expert_used_count": {"metadata": lambda meta: meta.update({"llama.expert_count": 8})},
     "lack llama.block_count": {"metadata": lambda meta: meta.pop("llama.block_count")},
     "llama.attention.head_count is [2, 2]": {
         "metadata": lambda meta: meta.update({"llama.attention.head_count": [2, 2]})
@@ -484,6 +633,69 @@ def test_a_wrong_file_is_told(told, good, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def good_gemma(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gemma")
+    with saved_model(GEMMA) as (saved, _):
+        add_tokenizer(saved)
+        return GGUFFile(to_gguf(saved, folder / "good.gguf"))
+
+
+def key(name, value):
+    """A change of a Gemma's metadata."""
+    return {"metadata": lambda meta: meta.update({f"gemma3.{name}": value})}
+
+
+WRONG_GEMMA = {
+    "sliding_window_pattern is [True, False]": key("attention.sliding_window_pattern", [True, False]),
+    "sliding_window_pattern is 2.5": key("attention.sliding_window_pattern", 2.5),
+    "does not honour gemma3.attention.scale=0.5": key("attention.scale", 0.5),
+    "does not honour gemma3.attn_logit_softcapping=50.0": key("attn_logit_softcapping", 50.0),
+    "'yarn' is not supported. Supported: none, linear": key("rope.scaling.type", "yarn"),
+    "does not honour gemma3.attention.key_length_swa=4": key("attention.key_length_swa", 4),
+    "does not honour gemma3.rope.dimension_count_swa=4": key("rope.dimension_count_swa", 4),
+    "does not honour gemma3.expert_count=2": key("expert_count", 2),
+    "final_logit_softcapping is -1.0": key("final_logit_softcapping", -1.0),
+    "rope_factors_short.weight has no place": {
+        "layout": lambda places: places.update({"rope_factors_short.weight": (Kind.F32, (2, 2))})
+    },
+    "num_hidden_layers is": key("block_count", 4.0),
+    "gemma3.context_length is nan": key("context_length", float("nan")),
+}
+
+
+@pytest.mark.parametrize("told", WRONG_GEMMA)
+def test_a_wrong_gemma_is_told(told, good_gemma, tmp_path, capsys):
+    path = rewritten(good_gemma, tmp_path / "bad.gguf", **WRONG_GEMMA[told])
+    assert told in refused(capsys, "convert", "from_gguf", path, tmp_path / "out")
+
+
+def test_what_a_gemma_leaves_out_is_what_llama_cpp_takes_for_granted(good_gemma, tmp_path):
+    """No base of positions, window pattern or head counts: not Hugging Face's defaults, but llama.cpp's."""
+    left_out = ("rope.freq_base", "rope.dimension_count", "attention.head_count_kv", "attention.key_length")
+
+    def strip(meta):
+        meta |= {"gemma3.attention.head_count": 4, "gemma3.final_logit_softcapping": 0.0}
+        for name in (*left_out, "attention.value_length"):
+            del meta[f"gemma3.{name}"]
+
+    def widen(places):
+        for name in places:
+            if "attn_k.weight" in name or "attn_v.weight" in name or "attn_q.weight" in name:
+                places[name] = (Kind.F32, (32, 32))
+            if "attn_output" in name:
+                places[name] = (Kind.F32, (32, 32))
+
+    path = tmp_path / "bare.gguf"
+    meta, places = deepcopy(good_gemma.metadata), {n: (p.kind, p.shape) for n, p in good_gemma.places.items()}
+    strip(meta), widen(places)
+    meta.pop("general.architecture")
+    write_gguf(path, "gemma3", meta, places, lambda name: torch.ones(places[name][1]))
+    config = open_checkpoint(from_gguf(path, tmp_path / "out")).config
+    assert (config.head_size, config.n_query_groups, config.rope.theta, config.local_rope.theta) == (8, 4, 1e4, 1e4)
+    assert config.windows == (12, 12) and config.final_softcap is None and config.attention_scale == 1 / 8**0.5
+
+
 def test_a_factor_without_a_type_is_linear(good, tmp_path):
     """As llama.cpp takes it; and what it writes for nothing at all changes nothing."""
     keys = {"llama.rope.scaling.factor": 2.0, "llama.expert_count": 0, "llama.attention.causal": True}
@@ -494,7 +706,7 @@ def test_a_factor_without_a_type_is_linear(good, tmp_path):
 
 def test_what_is_no_gguf_file_is_told(tmp_path, capsys):
     (tmp_path / "text.gguf").write_text("GGML and more", "utf-8")
-    for name, told in {".": "is no file", "no.gguf": "not exist", "text.gguf": "no GGUF"}.items():
+    for name, told in {".": "is a directory", "no.gguf": "not exist", "text.gguf": "no GGUF"}.items():
         assert told in refused(capsys, "convert", "from_gguf", tmp_path / name, tmp_path / "out")
 
 

@@ -4,16 +4,24 @@ import json
 import random
 import shutil
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import sentencepiece
 import torch
-from families import random_tokens, saved_model, write_json
+from families import FAMILIES, for_llama_cpp, random_tokens, saved_model, write_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from litfreeze.checkpoint.convert.gguf_file import GGUFFile, write_gguf
 from litfreeze.checkpoint.convert.gguf_tokenizer import LLAMA3, QWEN2, SPLITS
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.config import Config
 from litfreeze.demo import MODEL_DIR
+from litfreeze.errors import UsageError
+from litfreeze.model import GPT
 from litfreeze.scripts.convert import from_gguf, to_gguf
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp (pip install xllamacpp) is not installed")
@@ -22,9 +30,9 @@ xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp (pip install xlla
 class LlamaCpp:
     """llama.cpp's own server over one file, in this process, in float32 throughout."""
 
-    def __init__(self, path):
+    def __init__(self, path, n_ctx=256):
         params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel, params.port = str(path), 256, 1, 0
+        params.model.path, params.n_ctx, params.n_parallel, params.port = str(path), n_ctx, 1, 0
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = params.n_threads_http = 1
@@ -88,6 +96,16 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 GPT2 = {"model_type": "gpt2", "vocab_size": 1539, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 128}
 NEOX = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
 NEOX |= {"model_type": "gpt_neox", "tie_word_embeddings": False}
+GEMMA = LLAMA | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12}
+GEMMA2 = GEMMA | {"model_type": "gemma2", "num_hidden_layers": 3}
+GEMMA3 = GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7}
+DEEP = {"hidden_size": 24, "intermediate_size": 16, "num_attention_heads": 3, "num_key_value_heads": 1}
+DEEP |= {"query_pre_attn_scalar": 8}
+OLMO2 = LLAMA | {"model_type": "olmo2", "tie_word_embeddings": False}
+PHI3 = LLAMA | {"model_type": "phi3", "pad_token_id": None}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.25], "long_factor": [2.0, 3.5]}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN3_MOE = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True}
 MODELS = {
     "llama": LLAMA,
     "llama, own head, eps": LLAMA | {"tie_word_embeddings": False, "rms_norm_eps": 1e-2, "rope_theta": 500.0},
@@ -106,27 +124,131 @@ MODELS = {
     "gpt2, own head": GPT2 | {"tie_word_embeddings": False, "n_inner": 40},
     "gpt_neox": NEOX,
     "gpt_neox, sequential": NEOX | {"use_parallel_residual": False, "rotary_pct": 0.5},
+    "olmo2": OLMO2,
+    "olmo2, yarn": OLMO2 | {"rope_theta": 100.0, "rope_scaling": YARN},
+    "phi3": PHI3,
+    "phi3, a share, window": PHI3 | {"partial_rotary_factor": 0.5, "sliding_window": 48},
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE | {"head_dim": 16, "moe_intermediate_size": 24},
+}
+GEMMAS = {
+    "gemma2": GEMMA2,
+    "gemma2, caps, linear": GEMMA2
+    | {
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 3.5},
+    },
+    "gemma2, windows only": GEMMA2 | {"layer_types": ["sliding_attention"] * 3},
+    "gemma2, 46 blocks": GEMMA2 | DEEP | {"num_hidden_layers": 46},
+    "gemma3": GEMMA3,
+    "gemma3, pattern, bases, own head": GEMMA3
+    | {
+        "num_hidden_layers": 4,
+        "sliding_window_pattern": 2,
+        "rope_theta": 500.0,
+        "rope_local_base_freq": 30.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "tie_word_embeddings": False,
+    },
+    "gemma3, no window, cap": GEMMA3
+    | {"num_hidden_layers": 2, "sliding_window_pattern": 1, "final_logit_softcapping": 3.0},
+    "gemma3, 62 blocks": GEMMA3 | DEEP | {"num_hidden_layers": 62},
 }
 # llama.cpp looks GELU up in a table of float16, and GPT-NeoX's is approximated besides
 WITHIN = {"gpt2": 5e-3, "gpt_neox": 5e-3}
 
 
+def converted(fields, folder, n_ctx=256, weights=1.0):
+    """A random model of `fields` with the demo's tokenizer, its weights times `weights`: our checkpoint and model, and
+    llama.cpp with its file."""
+    with saved_model(fields) as (saved, _):
+        shutil.copytree(saved, folder / "model")
+    stored = load_file(folder / "model" / "model.safetensors")
+    save_file({k: v * weights for k, v in stored.items()}, folder / "model" / "model.safetensors", {"format": "pt"})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODEL_DIR / file, folder / "model" / file)
+    checkpoint = open_checkpoint(folder / "model")
+    model = load_model(checkpoint, lambda _: torch.float32)
+    return checkpoint, model, LlamaCpp(to_gguf(folder / "model", folder / "model.gguf", "f32"), n_ctx)
+
+
+def agree(model, theirs, within, lengths=(1, 2, 36)):
+    """Log-probabilities after prompts of these lengths; the last prompt."""
+    for seed, length in enumerate(lengths):
+        prompt = random_tokens(1536, 1, length, seed)[0].tolist()
+        ours = our_log_probabilities(model, prompt)
+        torch.testing.assert_close(theirs.log_probabilities(prompt, len(ours)), ours, atol=within, rtol=0)
+    return prompt
+
+
+def agree_on_answers(checkpoint, model, theirs, prompt):
+    assert theirs.greedy(prompt, 12)[:12] == our_greedy(model, prompt, 12, checkpoint.tokenizer().eos_ids)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_the_same(name, tmp_path):
-    with saved_model(MODELS[name]) as (saved, _):
-        shutil.copytree(saved, tmp_path / "model")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(MODEL_DIR / file, tmp_path / "model" / file)
-    checkpoint = open_checkpoint(tmp_path / "model")
-    model = load_model(checkpoint, lambda _: torch.float32)
-    theirs = LlamaCpp(to_gguf(tmp_path / "model", tmp_path / "model.gguf", "f32"))
+    checkpoint, model, theirs = converted(MODELS[name], tmp_path)
     within = WITHIN.get(MODELS[name]["model_type"], 1e-3)
-    for seed, length in enumerate((1, 2, 36)):
-        prompt = random_tokens(1536, 1, length, seed)[0].tolist()
-        ours, found = our_log_probabilities(model, prompt), theirs.log_probabilities(prompt, 1539)
-        torch.testing.assert_close(found, ours, atol=within, rtol=0)
+    prompt = agree(model, theirs, within)
     if within == 1e-3:
-        assert theirs.greedy(prompt, 12)[:12] == our_greedy(model, prompt, 12, checkpoint.tokenizer().eos_ids)
+        agree_on_answers(checkpoint, model, theirs, prompt)
+
+
+class InHalf(torch.nn.Module):
+    """GELU as llama.cpp's table on a processor has it: of a float16, as a float16."""
+
+    def forward(self, x):
+        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+
+@pytest.mark.parametrize("name", GEMMAS)
+def test_llama_cpp_computes_the_same_gemma(name, tmp_path):
+    """Far beyond the window too. Random weights are small here, so that depth does not magnify what GELU's table
+    rounds; with the same table of ours nothing is left of the difference."""
+    depth = GEMMAS[name]["num_hidden_layers"]
+    checkpoint, model, theirs = converted(GEMMAS[name], tmp_path, weights={46: 0.2, 62: 0.1}.get(depth, 0.3))
+    agree(model, theirs, 5e-3)
+    for block in model.blocks:
+        block.mlp.activation = InHalf()
+    prompt = agree(model, theirs, 1e-3, lengths=(1, 2, 36, 60))
+    agree_on_answers(checkpoint, model, theirs, prompt)
+
+
+NEWER = ("gemma2", "gemma3_text", "phi3", "olmo2", "mixtral", "qwen3_moe")
+
+
+@pytest.mark.parametrize("family", NEWER)
+@settings(max_examples=4)
+@given(data=st.data())
+def test_llama_cpp_computes_the_same_as_any(family, data, tmp_path_factory):
+    fields = for_llama_cpp(data.draw(FAMILIES[family]))
+    gemma = family.startswith("gemma")
+    fields |= {} if gemma else {"sliding_window": None}  # a context of a few tokens is none to the server
+    if "original_max_position_embeddings" in fields:  # the server runs for 256
+        longer = {"max_position_embeddings": 4 * fields["max_position_embeddings"]}
+        fields |= longer | {"original_max_position_embeddings": 256}
+    try:
+        _, model, theirs = converted(fields, tmp_path_factory.mktemp("any"), weights=0.3 if gemma else 1.0)
+    except UsageError as error:
+        assert Config.from_hf(fields).rope.kind in ("llama3", "yarn") and "llama.cpp's" in str(error)
+        return
+    if gemma:
+        for block in model.blocks:
+            block.mlp.activation = InHalf()
+    agree(model, theirs, 1e-3, lengths=(1, 36))
+
+
+def test_llama_cpp_turns_as_far_as_its_texts_are_long(tmp_path):
+    """Phi-3's short factors if it is run for no more positions than the model was trained with, and its long ones."""
+    sizes = {"original_max_position_embeddings": 256, "max_position_embeddings": 512}
+    fields = PHI3 | sizes | {"partial_rotary_factor": 0.5, "rope_scaling": LONGROPE}
+    checkpoint, model, theirs = converted(fields, tmp_path)
+    agree_on_answers(checkpoint, model, theirs, agree(model, theirs, 1e-3))
+    rope = replace(model.config.rope, factors=tuple(LONGROPE["long_factor"]))
+    longer = GPT(replace(model.config, rope=rope))
+    longer.load_state_dict(model.state_dict())
+    agree(longer, LlamaCpp(tmp_path / "model.gguf", 512), 1e-3)
 
 
 def test_quantised_files_run(tmp_path):
@@ -295,6 +417,155 @@ def test_sentencepiece_gives_the_same_tokens(with_tokenizer, tmp_path, capsys):
     again = LlamaCpp(to_gguf(folder, tmp_path / "again.gguf"))
     assert "puts a space" not in capsys.readouterr().out
     assert differing(back, again, texts(100)) == []
+
+
+def write_sentencepiece_json(folder, added, prefix):
+    """SentencePiece's BPE as Gemma and Phi-3 have it: a tokenizer.json with a merge for every pair that makes a token.
+    `added`: (text, whether special, whether it takes the white space behind it) of tokens beside, ids from 0 on."""
+    write_sentencepiece(folder)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    (folder / "tokenizer.model").unlink()
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    made = [p for p in pieces if not p.startswith("<") or len(p) == 1]
+    made += ["▁▁", "▁▁▁", "▁▁▁▁", "\n\n", "\n"]
+    vocab = list(dict.fromkeys([text for text, *_ in added] + [f"<0x{i:02X}>" for i in range(256)] + made))
+    merges = [[p[:cut], p[cut:]] for p in made for cut in range(1, len(p)) if {p[:cut], p[cut:]} <= set(vocab)]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend = [{"type": "Prepend", "prepend": "▁"}]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": text,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": strips,
+                "normalized": False,
+                "special": special,
+            }
+            for i, (text, special, strips) in enumerate(added)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]} if prefix else replace,
+        "pre_tokenizer": None
+        if prefix
+        else {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {text: i for i, text in enumerate(vocab)},
+            "merges": merges,
+        },
+    }
+    write_json(folder / "tokenizer.json", content)
+
+
+GEMMAS_TOKENS = [("<pad>", True, False), ("<eos>", True, False), ("<bos>", True, False), ("<unk>", True, False)]
+GEMMAS_TOKENS += [("<start_of_turn>", True, False), ("<end_of_turn>", True, False), ("\n\n", False, False)]
+GEMMAS_TOKENS += [("▁▁", False, False), ("▁▁▁", False, False), ("[multimodal]", False, False)]
+PHI3S_TOKENS = [("<unk>", True, False), ("<s>", True, False), ("</s>", False, True), ("<|endoftext|>", True, False)]
+PHI3S_TOKENS += [("<|user|>", True, True), ("<|end|>", True, True), ("<|assistant|>", True, True)]
+
+
+def with_turns(n):
+    """The mixtures of `texts`, with what chats have in between."""
+    chance, more = (
+        random.Random(1),
+        ["<start_of_turn>", "<end_of_turn>\n", "[multimodal]", "<|user|>\n ", "<|end|>  \n"],
+    )
+    more += ["<|endoftext|> \n", "</s> ", "   ", "\n\n\n", "<eos>"]
+    for text in texts(n, without=("<", *SPECIAL)):
+        words = text.split(" ")
+        for _ in range(3):
+            words.insert(chance.randint(0, len(words)), chance.choice(more))
+        yield " ".join(words)
+
+
+def test_gemmas_tokenizer_gives_the_same_tokens(with_tokenizer, tmp_path, capsys):
+    """As Hugging Face has it, and as llama.cpp's own files have it, where runs of spaces are spelled as such."""
+    template = "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+    def write(folder):
+        write_sentencepiece_json(folder, GEMMAS_TOKENS, prefix=False)
+        write_json(folder / "tokenizer_config.json", names | {"chat_template": template, "add_bos_token": True})
+
+    source = with_tokenizer(write)
+    write_json(source / "generation_config.json", {"eos_token_id": [1, 5]})
+    ours = open_checkpoint(source).tokenizer()
+    file = to_gguf(source, tmp_path / "model.gguf")
+    assert "puts a space" not in capsys.readouterr().out
+    theirs, back = LlamaCpp(file), open_checkpoint(from_gguf(file, tmp_path / "back")).tokenizer()
+    some = [*texts(300), *with_turns(200)]
+    assert differing(ours, theirs, some) == [] and differing(back, theirs, some) == []
+    assert (back.special_tokens, back.eos_ids, back.chat_template) == (ours.special_tokens, (1, 5), template)
+    chat = ours.render_chat([{"role": "user", "content": "x  y"}], True)
+    assert theirs.encode(chat) == back.encode(chat) == ours.encode(chat)
+
+    opened = GGUFFile(file)
+    meta = {key: value for key, value in opened.metadata.items() if key != "general.architecture"}
+    kinds = meta["tokenizer.ggml.token_type"]
+    spelled = [t.replace("▁", " ") if kinds[i] == 4 else t for i, t in enumerate(meta["tokenizer.ggml.tokens"])]
+    layout = {name: (place.kind, place.shape) for name, place in opened.places.items()}
+    path = tmp_path / "theirs.gguf"
+    write_gguf(
+        path, "llama", meta | {"tokenizer.ggml.tokens": spelled}, layout, lambda n: opened.read(n, torch.float32)
+    )
+    back = open_checkpoint(from_gguf(path, tmp_path / "spelled")).tokenizer()
+    assert differing(back, LlamaCpp(path), some) == []
+    again = LlamaCpp(to_gguf(tmp_path / "spelled", tmp_path / "again.gguf"))
+    assert differing(back, again, some) == []
+
+
+def test_phi_3s_special_tokens_take_the_space_behind_them(with_tokenizer, tmp_path, capsys):
+    """No key of a GGUF file says so, but its name; and no other file's name does."""
+    names = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "unk_token": "<unk>", "add_bos_token": True}
+
+    def write(folder):
+        write_sentencepiece_json(folder, PHI3S_TOKENS, prefix=True)
+        write_json(folder / "tokenizer_config.json", names)
+
+    source = with_tokenizer(write)
+    ours = open_checkpoint(source).tokenizer()
+    file = to_gguf(source, tmp_path / "mine.gguf")
+    assert "white space behind them" in capsys.readouterr().out and GGUFFile(file).metadata["general.name"] == "Phi-3"
+    theirs, back = LlamaCpp(file), open_checkpoint(from_gguf(file, tmp_path / "back")).tokenizer()
+    odd = "\u00a0\u2003\u3000\u2028\u0085\u1680\x1c\x1d\x1e\x1f"  # no white space to llama.cpp
+    some = ["".join(letter for letter in text if letter not in odd) for text in with_turns(300)]
+    assert any("<|end|> " in text for text in some)
+    assert differing(ours, theirs, some) == [] and differing(back, theirs, some) == []
+
+    plain = [(text, special, False) for text, special, _ in PHI3S_TOKENS]
+    write_sentencepiece_json(source, plain, prefix=True)
+    file = to_gguf(source, tmp_path / "my-Phi3.gguf")
+    ours, theirs = open_checkpoint(source).tokenizer(), LlamaCpp(file)
+    assert differing(ours, theirs, some) == []
+
+
+def test_ordinary_tokens_that_llama_cpp_takes_for_special_are_told(with_tokenizer, tmp_path, capsys):
+    """Qwen has </s> among its ordinary tokens: its texts never give it."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {text: i for i, text in enumerate([*letters, "<|eos|>", "ab", "</s>", "<|im_start|>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|eos|>"])
+
+    def write(folder):
+        tokenizer.save(str(folder / "tokenizer.json"))
+        write_json(folder / "tokenizer_config.json", {"eos_token": "<|eos|>"})
+
+    source = with_tokenizer(write)
+    file = to_gguf(source, tmp_path / "model.gguf")
+    assert "llama.cpp takes '</s>' for a special token" in capsys.readouterr().out
+    theirs, back = LlamaCpp(file), open_checkpoint(from_gguf(file, tmp_path / "back")).tokenizer()
+    assert theirs.encode("</s>") == [vocab["</s>"]] and len(theirs.encode("<|im_start|>")) > 1
+    assert back.encode("</s>") == open_checkpoint(source).tokenizer().encode("</s>") != [vocab["</s>"]]
 
 
 @pytest.mark.parametrize("name", ["demo", "smollm2"])

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -48,7 +48,8 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            raise UsageError(f"{path} does not exist, or is no file.")
+            kind = "is a directory, no GGUF file" if path.is_dir() else "does not exist, or is no file"
+            raise UsageError(f"{path} {kind}.")
         try:
             data = np.memmap(path, mode="r")
             self.metadata, self.places = _Header(data).read()
@@ -67,9 +68,13 @@ class GGUFFile:
         """The dtype that holds the tensor `name`: its own, or bfloat16 for what is quantised to fewer bits."""
         return FLOATS.get(self.places[name].kind, torch.bfloat16)
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor `name` in `dtype`; mapped, if that is how it is stored. Memory holds it and 64 MiB."""
+    def read(self, name: str, dtype: torch.dtype, part: Optional[int] = None) -> Tensor:
+        """The tensor `name`, or of several matrices in one, (E, …), that with the number `part`, in `dtype`; mapped, if
+        that is how it is stored. Memory holds it and 64 MiB."""
         place = self.places[name]
+        if part is not None:
+            nbytes = place.nbytes // place.shape[0]
+            place = Place(place.kind, place.shape[1:], place.start + part * nbytes, nbytes)
         stored = map_bytes(self.path, place.start, place.nbytes)
         if place.kind in FLOATS:
             return stored.view(FLOATS[place.kind]).view(place.shape).to(dtype)
@@ -172,6 +177,8 @@ def write_gguf(
     holds it, what it becomes, and 64 MiB.
 
     Whole numbers are written as uint32, others as float32. Raises UsageError if `path` exists."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory. Name a file in it: --out_file {path / 'model.gguf'}.")
     if path.exists():
         raise UsageError(f"{path} exists. Choose another --out_file, or move it away.")
     path.parent.mkdir(parents=True, exist_ok=True)

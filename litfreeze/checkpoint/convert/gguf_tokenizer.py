@@ -7,6 +7,7 @@ those first that give the token with the highest score.
 A tokenizer that llama.cpp would run differently is refused, or told about where only some texts are concerned."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -53,6 +54,18 @@ SPACED = (
     "llama.cpp puts a space before a text even if it begins with one, and after every special token; the tokenizer "
     "does not. Such texts are tokenized differently."
 )
+# Tokens that llama.cpp takes for special ones by their text, whatever their type: an answer ends with them
+# fmt: off
+ENDS = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend▁of▁sentence\uff5c>", "[e~[",
+})
+# fmt: on
+# In a model that is called so every special token but these takes the white space behind it: no key says it
+STRIPPING = re.compile("phi-?3", re.IGNORECASE)
+KEEPING = {"<unk>", "<s>", "<|endoftext|>"}
+STRIPPED = "Special tokens take the white space behind them: in llama.cpp only that of ASCII, in the tokenizer any."
 NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}  # an added token's fields
 
@@ -80,7 +93,12 @@ def tokenizer_metadata(path: Path, tokenizer: Tokenizer, n_tokens: int) -> tuple
             for added in content["added_tokens"]:
                 tokens[added["id"]] = added["content"]
                 kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-                if added["lstrip"] or added["rstrip"] or added["single_word"]:
+            stripping = {added["content"]: bool(added["rstrip"]) for added in content["added_tokens"]}
+            if {"</s>", *KEEPING} <= set(stripping) and all(stripping[t] != (t in KEEPING) for t in stripping):
+                found["general.name"], stripping = "Phi-3", {}
+                told.append(STRIPPED)
+            for added in content["added_tokens"]:
+                if added["lstrip"] or stripping.get(added["content"]) or added["single_word"]:
                     raise UsageError(
                         f"{file}: {added['content']!r} takes the spaces beside it, or stands for a whole word only; "
                         "a GGUF file cannot say so."
@@ -92,6 +110,9 @@ def tokenizer_metadata(path: Path, tokenizer: Tokenizer, n_tokens: int) -> tuple
         tokens, kinds, found, told = _sentencepiece_model(file, tokenizer)
     if max(tokens) >= n_tokens:
         raise UsageError(f"{file} has a token {max(tokens)}, but the model has {n_tokens} embeddings.")
+
+    if looks := [token for i, token in tokens.items() if kinds[i] == NORMAL and token in ENDS]:
+        told.append(f"llama.cpp takes {looks[0]!r} for a special token: it is one in a text, and ends an answer.")
 
     scores = found.pop("scores", None)
     ids = {token: i for i, token in tokens.items()}
@@ -270,12 +291,19 @@ def write_tokenizer(directory: Path, metadata: Mapping[str, Any], source: Path) 
     bos = bool(metadata.get(_key("add_bos_token"), spm or pre == "llama-bpe")) and "bos" in ids
     eos = bool(metadata.get(_key("add_eos_token"), False)) and "eos" in ids
     around = [names.get("bos_token")] * bos + [None] + [names.get("eos_token")] * eos
+    stripping = STRIPPING.search(str(metadata.get("general.name", "")))
     written = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": t, **PLAIN, "special": kinds[i] != USER_DEFINED}
+            {
+                "id": i,
+                "content": t,
+                **PLAIN,
+                "rstrip": bool(stripping) and t not in KEEPING,
+                "special": kinds[i] != USER_DEFINED,
+            }
             for i, t in enumerate(tokens)
             if kinds[i] in (CONTROL, UNKNOWN, USER_DEFINED)
         ],
