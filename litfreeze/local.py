@@ -1,6 +1,6 @@
-"""Whether a request to a server on this machine comes from its own user, and not from another site's page, which can have
-the browser ask 127.0.0.1, by its address or by a name that leads there (DNS rebinding). The browser says then what it was
-asked for (Host) or where it comes from (Origin)."""
+"""Whether a request to a server on this machine comes from its own user, and not from another site's page. Such a page
+can have the browser ask 127.0.0.1, by its address or by a name that leads there (DNS rebinding); the browser says then
+where it comes from (Origin), or what it was asked for (Host)."""
 
 from typing import Optional
 from urllib.parse import urlsplit

@@ -106,6 +106,11 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, content) -> None:
         self.send(json.dumps(content).encode(), headers={"Content-Type": "application/json"})
 
+    def who(self) -> None:
+        if self.role() is None:
+            raise Refused(401)
+        self.send_json({"type": "user", "name": "me", "auth": {"accessToken": {"role": self.role()}}})
+
     def role(self) -> str | None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token and token not in self.hub.tokens:
@@ -231,6 +236,7 @@ def entry(content: bytes) -> dict:
 REPO = r"([\w.-]+/[\w.-]+)"
 ROUTES = {
     "GET": {
+        r"/api/whoami-v2": Handler.who,
         rf"/api/models/{REPO}(?:/revision/(.+))?": Handler.info,
         rf"/api/models/{REPO}/tree/(.+)": Handler.tree,
         rf"/{REPO}/resolve/([^/]+)/(.+)": Handler.resolve,

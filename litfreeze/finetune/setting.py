@@ -18,7 +18,7 @@ from litfreeze.checkpoint.resume import newest_point, points
 from litfreeze.choose.rank import Ranking, rank
 from litfreeze.choose.sample import draw_batches
 from litfreeze.choose.words import NEED_DATA, RECORDS, has_ranks, put_ids
-from litfreeze.cli import arguments, options_of
+from litfreeze.cli import SHORT, arguments, options_of
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_DEFAULTS, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import UsageError
@@ -237,8 +237,8 @@ def _leaves(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     command line has for them."""
     found = {}
     for name, value in values.items():
-        if not is_dataclass(defaults[name]):
-            found[name] = value
+        if not (is_dataclass(defaults[name]) and isinstance(value, Mapping)):
+            found[SHORT.get(name, name)] = value  # from Python, data may be a path alone
         else:
             before = "" if getattr(defaults[name], "flat", False) else f"{name}."
             found |= {f"{before}{leaf}": v for leaf, v in value.items()}

@@ -176,10 +176,9 @@ class Answers(litserve.LitAPI):
 
     async def authorize(self, request: Request) -> None:
         """What every request has to pass: with a key, that; without one, it comes from this machine."""
-        given, origin = request.headers.get("Authorization", ""), place_of(request.headers.get("Origin"))
-        if not self.api_key and not (
-            is_local(request.headers.get("Host", "")) and (origin is None or is_local(origin))
-        ):
+        given = request.headers.get("Authorization", "")
+        places = request.headers.get("Host", ""), place_of(request.headers.get("Origin"))
+        if not self.api_key and not all(place is None or is_local(place) for place in places):
             raise Refused(403, "Without an --api_key this server answers to programs and pages of this machine alone.")
         if self.api_key and not secrets.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
             raise Refused(401, "The API key is missing or wrong (Authorization: Bearer …).", None, "invalid_api_key")

@@ -46,14 +46,18 @@ def test_its_own_pages(open_board):
     assert ask(open_board, Host=tunnel, Origin=f"http://{tunnel}")[0] == 200
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "http://127.0.0.1:1", "null", "http://localhost", "x"])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "http://127.0.0.1:1", "null", "http://localhost", "x", "http://[bad"]
+)
 @pytest.mark.parametrize("path", ["/", SOCKET])
 def test_other_sites_are_refused(open_board, origin, path):
     more = UPGRADE if path == SOCKET else {}
     assert ask(open_board, path, Origin=origin, **more)[0] == 403
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "", "169.254.0.1"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "", "169.254.0.1", "[x"]
+)
 def test_names_that_lead_here_are_refused(open_board, host):
     assert ask(open_board, Host=host)[0] in (400, 403)
     assert ask(open_board, SOCKET, Host=host, **UPGRADE)[0] in (400, 403)

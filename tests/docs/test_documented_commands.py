@@ -146,6 +146,7 @@ def test_no_fence_is_missed(page):
     fenced = "".join(fence["text"] for fence in FENCE.finditer(text))
     lines = re.findall(r"^(?:litfreeze|torchrun|fabric|srun) .*", text, re.M)
     assert [line for line in lines if line not in fenced] == []
+    assert not re.search(r"\\\n```", text)  # the rest of a command beside its fence
 
 
 OTHERS = {

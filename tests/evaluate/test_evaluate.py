@@ -141,6 +141,15 @@ def test_a_classifier_has_accuracy_and_f1(few, tmp_path, capsys):
     assert "macro F1" in out and "knows no classes" in out and "perplexity" not in out
 
 
+def test_no_two_columns_have_one_name(few, tmp_path, capsys):
+    for name in ("a@1", "a@2"):
+        shutil.copytree(MODEL_DIR, tmp_path / name)
+    same = str(tmp_path / "a@1")
+    assert main(["evaluate", f"{same},{tmp_path / 'a@2'},{same}", "--data", str(few), "--limit", "2"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in (f"{same} (1)", f"{same} (2)", str(tmp_path / "a@2"))), told
+
+
 def test_limit_takes_the_first(few, tmp_path):
     lines = few.read_text(encoding="utf-8").splitlines()[:6]
     [limited] = evaluate(data=few, limit=6)

@@ -51,3 +51,8 @@ def test_what_is_left_out_is_as_openai_has_it():
         "stop": "\n", "seed": -1, "stream": True, "stream_options": {"include_usage": True}, "user": "me",
     }  # fmt: skip
     assert read_request(everything, ["base"]) == Asked("base", messages, 0, 0.5, 3, 7, ["\n"], -1, True, True)
+
+
+def test_half_a_character_is_told():
+    with pytest.raises(Refused, match=r"messages\[0\].* half a character"):
+        read_request({"model": "base", "messages": [{"role": "user", "content": "hi \ud800"}]}, ["base"])

@@ -1,5 +1,6 @@
 """`litfreeze serve`: the real server, asked by OpenAI's own client."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from litfreeze.__main__ import main
 from litfreeze.demo import MODEL_DIR
 from litfreeze.generate.answer import open_answerers
 from litfreeze.generate.base import setup as generate
+from litfreeze.generate.completions import Refused
 
 pytest.importorskip("litserve", reason="pip install 'litfreeze[serve]'")
 openai = pytest.importorskip("openai")
@@ -316,3 +318,32 @@ def test_without_litserve_it_is_told_what_to_install(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "litfreeze.generate.server", raising=False)
     assert main(["serve"]) == 2
     assert "pip install 'litfreeze[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("headers", "key", "passes"),
+    [
+        ({"host": "127.0.0.1:8000"}, None, True),
+        ({"host": "localhost:8000", "origin": "http://localhost:3000"}, None, True),  # a page of this machine's
+        ({"host": "[::1]:8000"}, None, True),
+        ({"host": "127.0.0.1:8000", "origin": "https://evil.example"}, None, False),
+        ({"host": "127.0.0.1:8000", "origin": "null"}, None, False),
+        ({"host": "evil.example:8000"}, None, False),  # a name that leads here
+        ({"host": "[x"}, None, False),
+        ({}, None, False),
+        ({"host": "gpu.example", "authorization": f"Bearer {KEY}"}, KEY, True),
+        ({"host": "127.0.0.1:8000"}, KEY, False),
+    ],
+)
+def test_other_sites_are_refused(headers, key, passes):
+    from starlette.requests import Request
+
+    from litfreeze.generate.server import Answers
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    asked = Answers(None, ["base"], key).authorize(Request({"type": "http", "headers": raw}))
+    if passes:
+        asyncio.run(asked)
+    else:
+        with pytest.raises(Refused):
+            asyncio.run(asked)
