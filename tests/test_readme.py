@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from litfreeze.__main__ import COMMANDS
+from litfreeze.__main__ import COMMANDS, commands
 from litfreeze.cli import parse
 from litfreeze.freeze.layers import parse_layers
 
@@ -26,7 +26,7 @@ def test_there_are_such_lines():
 
 def test_the_table_of_commands_is_whole():
     listed = set(re.findall(r"^\| `litfreeze ([a-z_ ]+)` \|", README, re.M))
-    assert listed == set(COMMANDS)
+    assert listed == set(commands())
 
 
 def test_the_layer_table_is_true():
