@@ -231,11 +231,12 @@ def entry(content: bytes) -> dict:
 REPO = r"([\w.-]+/[\w.-]+)"
 ROUTES = {
     "GET": {
-        rf"/api/models/{REPO}(?:/revision/(.+))?": Handler.info,
+        rf"/api/(?:models|datasets)/{REPO}(?:/revision/(.+))?": Handler.info,
         rf"/api/models/{REPO}/tree/(.+)": Handler.tree,
-        rf"/{REPO}/resolve/([^/]+)/(.+)": Handler.resolve,
+        rf"/api/datasets/{REPO}/tree/([^/]+)(?:/.+)?": Handler.tree,
+        rf"(?:/datasets)?/{REPO}/resolve/([^/]+)/(.+)": Handler.resolve,
     },
-    "HEAD": {rf"/{REPO}/resolve/([^/]+)/(.+)": Handler.resolve},
+    "HEAD": {rf"(?:/datasets)?/{REPO}/resolve/([^/]+)/(.+)": Handler.resolve},
     "POST": {
         r"/api/repos/create": Handler.create,
         r"/api/validate-yaml": Handler.validate,

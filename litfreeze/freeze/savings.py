@@ -9,7 +9,7 @@ from typing import Optional
 
 import torch
 
-from litfreeze.data.samples import IGNORE, Sample
+from litfreeze.data.shelf import Sample, learned_of, lengths_of
 from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.lora import linear_layers
 from litfreeze.sizes import megabytes
@@ -28,9 +28,8 @@ class Rows:
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "Rows":
-        lengths = [len(sample.tokens) - 1 for sample in samples]
-        targets = sum(int((sample.labels[1:] != IGNORE).sum()) for sample in samples)
-        return cls(sum(lengths), targets, sum(n * (n + 1) // 2 for n in lengths))
+        lengths = lengths_of(samples) - 1
+        return cls(int(lengths.sum()), int(learned_of(samples).sum()), int((lengths * (lengths + 1) // 2).sum()))
 
     @classmethod
     def full(cls, records: int, length: int) -> "Rows":

@@ -35,7 +35,7 @@ def setup(
     """
     from litfreeze.checkpoint.directory import load_model, open_checkpoint
     from litfreeze.data.classes import read_labelled, tokenise
-    from litfreeze.data.samples import MAX_SEQ_LENGTH
+    from litfreeze.data.samples import MAX_SEQ_LENGTH, Counts
     from litfreeze.errors import UsageError
     from litfreeze.generate.classes import likeliest, probabilities
     from litfreeze.launch import build_fabric
@@ -65,7 +65,8 @@ def setup(
     if data.path is None:
         texts, known, sources, told = [text], [None], [""], ""
     else:
-        labelled, counts = read_labelled(data.path, data, needs_label=False)
+        counts = Counts()
+        labelled = list(read_labelled(data.path, data, counts, data.split, needs_label=False))
         texts, known = [one.text for one in labelled], [one.label for one in labelled]
         sources, told = [one.source for one in labelled], counts.describe()
         strange = sorted({label for label in known if label is not None} - set(labels))

@@ -70,8 +70,8 @@ def test_one_process_takes_the_order_as_it_is():
     order = epoch_order(10, seed=5, epoch=2)
     expected = list(range(10))
     random.Random(7).shuffle(expected)
-    assert order == expected
-    assert step_indices(order, 1, 4, 3) == [order[4:7], order[7:8]]
+    assert list(order) == expected
+    assert step_indices(order, 1, 4, 3) == [expected[4:7], expected[7:8]]
 
 
 def test_validation_pads_little():
