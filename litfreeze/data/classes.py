@@ -161,7 +161,9 @@ def load_classified(
             if strange:
                 continue  # only to name them all
             tokenised = tokenise([one.text for one in some], tokenizer, max_seq_length, pad_id)
-            for one, (tokens, cut) in zip(some, tokenised, strict=True):
+            for one, (tokens, count) in zip(some, tokenised, strict=True):
+                counts.lengths[count] += 1
+                cut = count > max_seq_length
                 if not tokens:
                     counts.untargeted += 1
                 elif cut and args.overlong == "drop":
@@ -188,9 +190,9 @@ def load_classified(
 
 def tokenise(
     texts: Sequence[str], tokenizer: Tokenizer, max_seq_length: int, pad_id: Optional[int]
-) -> list[tuple[list[int], bool]]:
-    """The tokens of each text, with those that the tokenizer itself puts around it, and whether its end was cut off
-    to leave `max_seq_length`.
+) -> list[tuple[list[int], int]]:
+    """The first `max_seq_length` tokens of each text, with those that the tokenizer itself puts around it, and how many
+    it has.
 
     What stands at the end and is `pad_id` goes: transformers, too, reads the class after the last token that is not."""
     found = []
@@ -198,7 +200,7 @@ def tokenise(
         kept = tokens[:max_seq_length]
         while kept and kept[-1] == pad_id:
             kept.pop()
-        found.append((kept, len(tokens) > max_seq_length))
+        found.append((kept, len(tokens)))
     return found
 
 

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import numpy as np
 
-from litfreeze.data.args import DataArgs
+from litfreeze.data.args import DataArgs, TextArgs
 from litfreeze.data.formats import USED_KEYS, Message, to_conversation
 from litfreeze.data.hf_datasets import is_dataset, is_on_hub, training_splits
 from litfreeze.data.prompt import Prompt, Segment
@@ -42,6 +42,7 @@ class Counts:
         untargeted: Left out, nothing to learn being left (in a cut sample, say).
         unused_keys: Keys of records that no format looks at, such as a label beside a text.
         samples: What remains. Plain text becomes windows, so that this is not the rest of a subtraction.
+        lengths: How many records have so many tokens, before anything is cut.
         split: Of a set with splits, the one that was read.
         problems: Of the first bad records, where they stand and what is wrong.
     """
@@ -54,6 +55,7 @@ class Counts:
     untargeted: int = 0
     samples: int = 0
     unused_keys: set[str] = field(default_factory=set)
+    lengths: Counter[int] = field(default_factory=Counter)
     split: Optional[str] = None
     problems: list[str] = field(default_factory=list)
 
@@ -130,6 +132,15 @@ class Samples:
         for part in (self.train, self.val):
             if isinstance(part, Shelf):
                 part.numbers.unname()
+
+
+def max_length(args: Union[DataArgs, TextArgs], block_size: int) -> int:
+    """The most tokens of a sample for a model of `block_size` positions. Raises UsageError if it has fewer than asked
+    for."""
+    length = args.max_seq_length or min(block_size, MAX_SEQ_LENGTH)
+    if length > block_size:
+        raise UsageError(f"--data.max_seq_length {length} is more than the {block_size} positions this model has.")
+    return length
 
 
 def load_samples(args: DataArgs, tokenizer: Tokenizer, prompt: Prompt, max_seq_length: int) -> Samples:
@@ -275,7 +286,7 @@ def _read_samples(
             continue  # only to count the others
         for sample in _conversation_samples(conversations, args, tokenizer, max_seq_length, counts):
             made.add(sample)
-        for sample in windows.of(texts):
+        for sample in windows.of(texts, counts):
             made.add(sample, late=True)
     if args.bad_records == "stop":
         counts.refuse_bad()
@@ -312,6 +323,7 @@ def _conversation_samples(
                 response = (len(tokens), min(len(tokens) + len(ids), max_seq_length))
             tokens += ids
             labels += ids if learned or not args.mask_prompt else [IGNORE] * len(ids)
+        counts.lengths[len(tokens)] += 1
         if len(tokens) > max_seq_length:
             if args.overlong == "drop":
                 counts.dropped += 1
@@ -334,12 +346,13 @@ class Windows:
         self.left = np.empty(0, np.int32)  # tokens, the first of which is the last one of the window before
         self.ends: list[tuple[int, str]] = []  # where in them each text ends, and its source
 
-    def of(self, texts: Sequence[tuple[str, str]]) -> Iterator[Sample]:
+    def of(self, texts: Sequence[tuple[str, str]], counts: Counts) -> Iterator[Sample]:
         """The windows that are full once `texts`, with their sources, have come."""
         encoded = self.tokenizer.encode_batch([text for text, _ in texts])
         parts, end = [self.left], len(self.left)
         for ids, (_, source) in zip(encoded, texts, strict=True):
             parts.append(np.array([*self.before, *ids, *self.behind], np.int32))
+            counts.lengths[len(parts[-1])] += 1
             end += len(parts[-1])
             self.ends.append((end, source))
         tokens, at, text = np.concatenate(parts), 0, 0

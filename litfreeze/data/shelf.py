@@ -207,7 +207,7 @@ class Table:
     highest: int
 
     def source(self, name: int, line: int) -> str:
-        return f"{self.names[name]}:{line}" if line else self.names[name]
+        return f"{self.names[name]}:{line}" if line >= 0 else self.names[name]
 
 
 class Filling:
@@ -236,7 +236,7 @@ class Filling:
         """Puts one in. Those that are `late` stand behind the others. Raises UsageError if the disk is full."""
         name, _, line = sample.source.rpartition(":")
         if not line.isdecimal():
-            name, line = sample.source, "0"
+            name, line = sample.source, "-1"
         head = (
             self.names.setdefault(name, len(self.names)), int(line) >> 31, int(line) & 0x7FFFFFFF, *sample.response
         )  # fmt: skip

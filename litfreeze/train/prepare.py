@@ -12,7 +12,7 @@ from litfreeze.checkpoint.expand import check_new_blocks
 from litfreeze.data.args import DataArgs
 from litfreeze.data.classes import load_classified
 from litfreeze.data.prompt import Prompt
-from litfreeze.data.samples import MAX_SEQ_LENGTH, Samples, load_samples
+from litfreeze.data.samples import Samples, load_samples, max_length
 from litfreeze.errors import UsageError
 from litfreeze.freeze.quantize import check_quantize
 from litfreeze.freeze.thaw import Stage, stages
@@ -105,10 +105,7 @@ def read_samples(
 ) -> Samples:
     """The samples, no longer than the model of `checkpoint` can take. If they are to be `shared` with other processes,
     they can be until `Samples.unname` is called. Raises UsageError if the model lacks some token."""
-    block_size = checkpoint.config.block_size
-    length = data.max_seq_length or min(block_size, MAX_SEQ_LENGTH)
-    if length > block_size:
-        raise UsageError(f"--data.max_seq_length {length} is more than the {block_size} positions this model has.")
+    length = max_length(data, checkpoint.config.block_size)
     try:
         if labels := checkpoint.config.labels:
             samples = load_classified(data, tokenizer, labels, length, checkpoint.hf_config.get("pad_token_id"))
