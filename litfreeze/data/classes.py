@@ -13,10 +13,12 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 
 from litfreeze.data.args import DataArgs, TextArgs
+from litfreeze.data.counts import Counts
 from litfreeze.data.formats import text_in
 from litfreeze.data.records import read_records
-from litfreeze.data.samples import AT_ONCE, Counts, Samples, filling, read_and_split, splits_of, subset_of
+from litfreeze.data.samples import AT_ONCE, filling
 from litfreeze.data.shelf import IGNORE, Sample, Shelf
+from litfreeze.data.split import Samples, read_and_split, splits_of, subset_of
 from litfreeze.errors import UsageError, did_you_mean
 from litfreeze.tokenizer import Tokenizer
 
@@ -153,7 +155,7 @@ def load_classified(
 
     def read(path: Path, split: Optional[str]) -> tuple[Shelf, Counts]:
         counts = Counts(split=split)
-        made = filling(path, args)
+        made = filling(path, args, counts)
         strange: dict[str, str] = {}  # labels that are no classes, and where they stand first
         texts = read_labelled(path, args, counts, split)
         while some := list(islice(texts, AT_ONCE)):

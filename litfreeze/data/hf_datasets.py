@@ -140,7 +140,9 @@ def _splits(path: Path, subset: Optional[str]) -> Mapping[str, "datasets.Dataset
 def _from_hub(name: str, subset: Optional[str]) -> "datasets.DatasetDict":
     """The set `name`, from the cache or, where it is not there, downloaded into it."""
     repo, revision = NAME.fullmatch(name).groups()
-    datasets = _datasets(name)
+    beside = [str(file) for file in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
+    absent = f"{name} is no file or folder here.{did_you_mean(name, beside)}"
+    datasets = _datasets(f"{absent} A set on the Hub")
     hub = library("dataset")
 
     def here() -> str:
@@ -154,7 +156,7 @@ def _from_hub(name: str, subset: Optional[str]) -> "datasets.DatasetDict":
                 commit = hub.HfApi().dataset_info(repo, revision=revision).sha
                 return _downloaded(datasets, repo, commit, subset)
         except LitfreezeError as error:
-            raise type(error)(f"{name} is no file or folder here. {error}") from None
+            raise type(error)(f"{absent} {error}") from None
 
 
 def _in_cache(
@@ -207,9 +209,10 @@ def _quiet(datasets: ModuleType) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _datasets(name: Path | str) -> ModuleType:
+def _datasets(what: Path | str) -> ModuleType:
+    """The library, for `what` needs it. Raises UsageError if it is not installed."""
     try:
         import datasets
     except ImportError:
-        raise UsageError(MISSING.format(name, "datasets")) from None
+        raise UsageError(MISSING.format(what, "datasets")) from None
     return datasets

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litfreeze.data.args import DataArgs
-from litfreeze.data.samples import Samples
 from litfreeze.data.shelf import IGNORE, Sample
+from litfreeze.data.split import Samples
 from litfreeze.errors import UsageError
 from litfreeze.picture import save_picture
 from litfreeze.tokenizer import Tokenizer

@@ -35,7 +35,8 @@ def setup(
     """
     from litfreeze.checkpoint.directory import load_model, open_checkpoint
     from litfreeze.data.classes import read_labelled, tokenise
-    from litfreeze.data.samples import Counts, max_length
+    from litfreeze.data.counts import Counts
+    from litfreeze.data.samples import max_length
     from litfreeze.errors import UsageError
     from litfreeze.generate.classes import likeliest, probabilities
     from litfreeze.launch import build_fabric

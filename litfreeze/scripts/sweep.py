@@ -52,7 +52,7 @@ def setup(
     from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.choose.sweep import Candidate, hash_of_files, recommend, table, try_candidate, write
     from litfreeze.choose.words import check_words
-    from litfreeze.data.samples import files_behind
+    from litfreeze.data.split import files_behind
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
     from litfreeze.finetune import full, lora

@@ -16,7 +16,7 @@ from litfreeze.checkpoint.resume import Point, newest_point, points, weights_of,
 from litfreeze.checkpoint.tensors import clean_directory, remove_directory, replace_directory, write_text
 from litfreeze.checkpoint.trained import Proof, write_trained
 from litfreeze.data.hf_datasets import is_on_hub
-from litfreeze.data.samples import Samples
+from litfreeze.data.split import Samples
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.optimizers import state_bytes

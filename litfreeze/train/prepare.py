@@ -12,7 +12,8 @@ from litfreeze.checkpoint.expand import check_new_blocks
 from litfreeze.data.args import DataArgs
 from litfreeze.data.classes import load_classified
 from litfreeze.data.prompt import Prompt
-from litfreeze.data.samples import Samples, load_samples, max_length
+from litfreeze.data.samples import load_samples, max_length
+from litfreeze.data.split import Samples
 from litfreeze.errors import UsageError
 from litfreeze.freeze.quantize import check_quantize
 from litfreeze.freeze.thaw import Stage, stages

@@ -16,8 +16,8 @@ from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.tensors import write_text
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.confusion import table
-from litfreeze.data.samples import Samples
 from litfreeze.data.shelf import learned_of, lengths_of
+from litfreeze.data.split import Samples
 from litfreeze.demo import MODEL_DIR
 from litfreeze.fields import DROPOUT
 from litfreeze.freeze.layers import format_layers

@@ -11,8 +11,8 @@ from lightning_fabric import Fabric
 
 from litfreeze.checkpoint.tensors import sha256
 from litfreeze.data.batches import epoch_order
-from litfreeze.data.samples import Samples
 from litfreeze.data.shelf import Joined, Sample, Shelf
+from litfreeze.data.split import Samples
 from litfreeze.errors import UsageError
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.layers import format_layers

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from litfreeze.attention import Dense, Packed
 from litfreeze.data.batches import SHARED, build_batch, epoch_order, step_indices, steps_per_epoch, val_indices
-from litfreeze.data.samples import IGNORE, Sample
+from litfreeze.data.shelf import IGNORE, Sample
 
 SIZE = st.integers(1, 7)
 WAYS = [(False, False), (True, False), (True, True)]  # packed, share

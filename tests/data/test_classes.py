@@ -23,7 +23,7 @@ from litfreeze.data.classes import (
     sort_labels,
     tokenise,
 )
-from litfreeze.data.samples import IGNORE
+from litfreeze.data.shelf import IGNORE
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE
 from litfreeze.errors import UsageError
 from litfreeze.tokenizer import Tokenizer

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litfreeze.data import shelf
-from litfreeze.data.shelf import IGNORE, Filling, Sample, Shelf, learned_of, lengths_of
+from litfreeze.data import filling
+from litfreeze.data.filling import Filling
+from litfreeze.data.shelf import IGNORE, Sample, Shelf, learned_of, lengths_of
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
 
@@ -31,10 +32,10 @@ def samples(draw) -> Sample:
 
 
 def filled(keep: str, folder: Path, given) -> Shelf:
-    filling = Filling(keep, folder)
+    made = Filling(keep, folder)
     for sample, late in given:
-        filling.add(sample, late)
-    return filling.shelf()
+        made.add(sample, late)
+    return made.shelf()
 
 
 def facts(sample: Sample) -> tuple:
@@ -67,7 +68,7 @@ def many(count: int):
 
 
 def test_many_go_to_disk_by_themselves(tmp_path, monkeypatch):
-    monkeypatch.setattr(shelf, "IN_MEMORY", 20_000)
+    monkeypatch.setattr(filling, "IN_MEMORY", 20_000)
     few, more = (filled("auto", tmp_path, many(count)) for count in (10, 3000))
     assert [type(one.numbers).__name__ for one in (few, more)] == ["InMemory", "OnDisk"]
     assert [sample.source for sample in more] == [f"x:{i}" for i in range(3000)]
@@ -75,7 +76,7 @@ def test_many_go_to_disk_by_themselves(tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_goes_and_what_is_used_stays(tmp_path):
     used = filled("disk", tmp_path, many(3))
-    left, other = tmp_path / f"old{shelf.SUFFIX}", tmp_path / "precious"
+    left, other = tmp_path / f"old{filling.SUFFIX}", tmp_path / "precious"
     for file in (left, other, used.numbers.path):
         file.touch()
         os.utime(file, (0, 0))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from stops import ctrl_c_in_step
 from test_resume import EVAL, TRAIN, log
 
-from litfreeze.data import shelf
+from litfreeze.data import filling
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import TRAIN_FILE
 from litfreeze.finetune.full import setup as finetune_full
@@ -31,7 +31,7 @@ def same(one: Path, other: Path) -> None:
 def test_memory_and_disk_train_the_same_and_a_run_goes_on_from_either(tmp_path, monkeypatch):
     train(tmp_path / "memory", keep="memory")
     train(tmp_path / "disk", keep="disk")
-    monkeypatch.setattr(shelf, "IN_MEMORY", 10_000)
+    monkeypatch.setattr(filling, "IN_MEMORY", 10_000)
     with ctrl_c_in_step(4), pytest.raises(KeyboardInterrupt):
         train(tmp_path / "resumed", keep="auto")
     finetune_full(resume=tmp_path / "resumed", data=DataArgs(keep="memory"))

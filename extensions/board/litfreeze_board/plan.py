@@ -17,7 +17,7 @@ from litfreeze.choose.rank import Ranking
 from litfreeze.choose.words import check_words, has_ranks, put_ids
 from litfreeze.cli import parse
 from litfreeze.data.prompt import Prompt
-from litfreeze.data.samples import Samples, files_behind
+from litfreeze.data.split import Samples, files_behind
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
 from litfreeze.finetune.setting import open_base, ranking, settled
