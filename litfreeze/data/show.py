@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from litfreeze.data.args import DataArgs
@@ -69,11 +70,11 @@ def _text(tokens: Sequence[int], learned: Sequence[bool], tokenizer: Tokenizer, 
     if not whole:
         pieces = _shortened(pieces)
     parts, inside = [], False
-    for text, is_learned, special in pieces:
-        if text and is_learned != inside:
+    for (is_learned, special), run in groupby((piece for piece in pieces if piece[0]), lambda piece: piece[1:]):
+        if is_learned != inside:
             parts.append(colours.edge(is_learned))
             inside = is_learned
-        parts.append(colours.piece(text, is_learned, special))
+        parts.append(colours.piece("".join(text for text, *_ in run), is_learned, special))
     return "".join([*parts, colours.edge(False) if inside else ""]).rstrip("\n")
 
 

@@ -119,9 +119,9 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_a_set_on_disk(tmp_path):
-    """Ten times the records."""
-    lines = [json.dumps({"prompt": f"{i}", "completion": "to be or not to be " * 60}) + "\n" for i in range(6000)]
-    for name, count in (("small", 600), ("large", 6000)):
+    """Eight times the records."""
+    lines = [json.dumps({"prompt": f"{i}", "completion": "to be or not to be " * 60}) + "\n" for i in range(12_000)]
+    for name, count in (("small", 1500), ("large", 12_000)):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines[:count]))
     peak = {}
     for name, keep in (("small", "memory"), ("large", "memory"), ("small", "disk"), ("large", "disk")):
