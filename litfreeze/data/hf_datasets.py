@@ -5,6 +5,7 @@ uses. What is there is taken as it is, without asking the Hub; a name with a com
 Hub never runs: `datasets` has not run any since 4.0."""
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -148,12 +149,14 @@ def _from_hub(name: str, subset: Optional[str]) -> "datasets.DatasetDict":
     def here() -> str:
         return f"{name}{f' ({subset})' if subset else ''} is not in the cache {datasets.config.HF_DATASETS_CACHE}."
 
-    with _quiet(datasets):
+    with _quiet(datasets, bars=sys.stderr.isatty()):
         if (found := _in_cache(datasets, repo, revision, subset or DEFAULT)) is not None:
             return found
         try:
             with talking(name, "dataset", here, bars=True):
                 commit = hub.HfApi().dataset_info(repo, revision=revision).sha
+                place = datasets.config.HF_DATASETS_CACHE
+                print(f"Download  {repo} ({commit[:7]}), into the cache of datasets, {place}", file=sys.stderr)
                 return _downloaded(datasets, repo, commit, subset)
         except LitfreezeError as error:
             raise type(error)(f"{absent} {error}") from None
@@ -196,16 +199,17 @@ def _commit(found: "datasets.DatasetDict") -> Optional[str]:
 
 
 @contextmanager
-def _quiet(datasets: ModuleType) -> Iterator[None]:
-    """While it is entered `datasets` tells errors alone."""
-    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+def _quiet(datasets: ModuleType, bars: bool = False) -> Iterator[None]:
+    """While it is entered `datasets` logs nothing, and shows its `bars` only if it is to."""
+    level, hide = datasets.logging.get_verbosity(), not bars and not datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
+    if hide:
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
-        if not bars:
+        if hide:
             datasets.enable_progress_bars()
 
 

@@ -93,10 +93,10 @@ class OnDisk:
         fcntl.flock(self.file, fcntl.LOCK_SH)  # `_sweep` leaves it alone
 
     def read(self, start: int, count: int) -> np.ndarray:
-        numbers = np.empty(count, np.int32)
-        if os.preadv(self.file.fileno(), [numbers.data], 4 * start) != numbers.nbytes:
+        content = bytearray(os.pread(self.file.fileno(), 4 * count, 4 * start))
+        if len(content) != 4 * count:
             raise OSError(errno.EIO, "a file of samples has become shorter", str(self.path))
-        return numbers
+        return np.frombuffer(content, np.int32)
 
     def unname(self) -> None:
         """From here on the file is there for those alone who have it open."""

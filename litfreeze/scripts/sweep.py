@@ -105,6 +105,7 @@ def setup(
     print(f"Written   {out_dir / 'sweep.json'}, {out_dir / 'sweep.png'}, and each run beside them")
     words = {
         "--checkpoint_dir": checkpoint_dir, "--task": task if task != "language" else None, "--data": data.path,
+        "--data.subset": data.subset, "--data.split": data.split, "--data.val_split": data.val_split,
         "--trainable_layers": taken.candidate.layers, "--train.lr": train.lr,
     }  # fmt: skip
     line = " ".join(f"{option} {shlex.quote(str(value))}" for option, value in words.items() if value is not None)

@@ -9,8 +9,9 @@ from hub_fixtures import hub, run  # noqa: F401
 from hub_server import Repo
 
 from litfreeze.data import hf_datasets
-from litfreeze.data.args import DataArgs
-from litfreeze.data.classes import labels_of
+from litfreeze.data.args import DataArgs, TextArgs
+from litfreeze.data.classes import labels_of, read_labelled
+from litfreeze.data.counts import Counts
 from litfreeze.data.prompt import Prompt
 from litfreeze.data.records import read_records
 from litfreeze.data.samples import load_samples
@@ -111,6 +112,13 @@ def test_options_of_sets_do_not_fit_files(load, tmp_path):
     for name in ("subset", "split", "val_split"):
         with pytest.raises(UsageError, match=rf"--data\.{name} x is for Hugging Face datasets"):
             load(tmp_path / "a.jsonl", **{name: "x"})
+
+
+def test_other_commands_ask_which_split(saved, run):  # noqa: F811
+    code, _, err = run("evaluate", "--data", saved)
+    assert code == 2 and "has the splits train, validation, test. Say with --data.split which." in err
+    texts = read_labelled(saved, TextArgs(text_key="prompt"), counts := Counts(), "test", needs_label=False)
+    assert [one.text for one in texts] == ["q3", "q4"] and counts.read == 2
 
 
 def test_a_broken_folder_is_told(saved, load):
