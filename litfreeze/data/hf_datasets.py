@@ -33,8 +33,8 @@ def is_on_hub(path: Path) -> bool:
 
 def is_dataset(path: Path) -> bool:
     """Whether `path` is a folder made by `save_to_disk`, or a name on the Hub."""
-    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    return saved or is_on_hub(path)
+    parts = {"dataset_dict.json"}, {"dataset_info.json", "state.json"}  # of a DatasetDict, of a Dataset
+    return any(all((path / name).is_file() for name in names) for names in parts) or is_on_hub(path)
 
 
 def split_names(path: Path, subset: Optional[str]) -> list[str]:
@@ -57,7 +57,10 @@ def training_splits(
     taken = split or ("train" if "train" in names else None)
     if val_split is None and not splits_off and taken == "train":
         val_split = next((name for name in VALIDATION if name in names), None)
-    return taken or _only(path, names), val_split
+    taken = taken or _only(path, names)
+    if taken == val_split:
+        raise UsageError(f"--data.val_split {val_split} is what is trained on. Name another of {', '.join(names)}.")
+    return taken, val_split
 
 
 def rows(path: Path, subset: Optional[str], split: Optional[str]) -> Iterator[tuple[dict[str, Any], str]]:

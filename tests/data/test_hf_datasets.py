@@ -99,6 +99,7 @@ def test_numbers_of_classes_become_their_names(tmp_path):
     [
         ({"split": "tset"}, r"no split 'tset'; its splits: train, validation, test\. Did you mean 'test'"),
         ({"subset": "main"}, "--data.subset main is for sets on the Hub"),
+        ({"val_split": "train"}, "--data.val_split train is what is trained on. Name another of train, valid"),
         ({"val_split": "test", "val_split_fraction": 0.1}, "both choose validation records"),
     ],
 )
