@@ -1,5 +1,6 @@
 """litfreeze data show: what is printed is what the model reads, what is marked is what is learned."""
 
+import gc
 import json
 import re
 
@@ -90,6 +91,13 @@ def test_classes_and_plain_text(show):
 def test_a_record_cannot_write_to_the_terminal(show):
     _, out, _ = show([{"prompt": "a\x1b[31mb\x07", "completion": "c"}] * 2)
     assert r"a\x1b[31mb\x07" in out and "\x1b" not in out
+
+
+def test_nothing_stays_of_what_was_kept_on_disk(show, tmp_path):
+    for records, code in ((pairs(1, 1), 0), ([*pairs(1, 1), {"prompt": "no completion"}], 2)):
+        assert show(records, "--data.keep", "disk", "--data.keep_dir", "kept")[0] == code
+        gc.collect()
+        assert not list((tmp_path / "kept").iterdir())
 
 
 @pytest.mark.parametrize(

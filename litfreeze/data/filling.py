@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+import weakref
 from array import array
 from contextlib import suppress
 from pathlib import Path
@@ -87,8 +88,9 @@ class Filling:
         if self.file is None:
             return Shelf(InMemory(np.frombuffer(self.pending, np.int32)), table, order)
         self._write()
+        self.given_up.detach()
         with self.file:  # its lock is held until the next one is
-            return Shelf(OnDisk(self.path), table, order)
+            return Shelf(OnDisk(self.path, owner=True), table, order)
 
     def _to_disk(self) -> None:
         try:
@@ -101,6 +103,7 @@ class Filling:
                 )
             handle, name = tempfile.mkstemp(dir=self.folder, suffix=SUFFIX)
             self.path, self.file = Path(name), os.fdopen(handle, "wb", buffering=0)
+            self.given_up = weakref.finalize(self, self.path.unlink, missing_ok=True)
             fcntl.flock(self.file, fcntl.LOCK_SH)
         except OSError as error:
             raise UsageError(

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,10 +86,13 @@ class InMemory:
 
 
 class OnDisk:
-    """The same in a file. It can go to another process (pickle) for as long as the file has its name."""
+    """The same in a file. It can go to another process (pickle) for as long as the file has its name: until `unname`
+    or, if this is its owner, the end of this object."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, owner: bool = False) -> None:
         self.path = path
+        if owner:
+            weakref.finalize(self, path.unlink, missing_ok=True)
         self.file = path.open("rb", buffering=0)
         fcntl.flock(self.file, fcntl.LOCK_SH)  # `_sweep` leaves it alone
 

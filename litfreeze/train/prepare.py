@@ -84,8 +84,7 @@ def read_once(fabric: Fabric, job: Job, tokenizer: Tokenizer, prompt: Prompt) ->
     if fabric.world_size == 1 or job.data.keep == "memory":
         return job_samples(job, tokenizer, prompt)
     samples = on_first_of_machine(fabric, job_samples, job, tokenizer, prompt, True)
-    fabric.barrier()  # all have opened them
-    samples.unname()
+    samples.unname()  # all have opened them
     return samples
 
 
