@@ -17,7 +17,7 @@ import torch
 
 if TYPE_CHECKING:
     from litfreeze.config import Config
-    from litfreeze.data.samples import Sample
+    from litfreeze.data.shelf import Sample
 
 IGNORE = -100
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from litfreeze.config import Config
-from litfreeze.data.samples import Sample
+from litfreeze.data.shelf import Sample
 
 T = 7
 LLAMA = LlamaConfig(

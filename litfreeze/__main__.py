@@ -38,6 +38,7 @@ COMMANDS = {
     "upload": "litfreeze.publish.base:setup",
     "expand": "litfreeze.scripts.expand:setup",
     "init": "litfreeze.scripts.init:setup",
+    "data show": "litfreeze.scripts.data:show",
     "cache ls": "litfreeze.scripts.cache:ls",
     "cache rm": "litfreeze.scripts.cache:rm",
 }

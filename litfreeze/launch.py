@@ -106,6 +106,25 @@ def on_first(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
     return result
 
 
+def on_first_of_machine(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
+    """What `function` returns, or an error that it raises, on the first process of each machine: on all of that
+    machine, which have a copy of their own before the first one's goes. An error of one machine is raised on all."""
+    mine = None, None
+    if fabric.local_rank == 0:
+        try:
+            mine = function(*arguments), None
+        except (LitfreezeError, OSError) as error:
+            mine = None, error
+    found = [None] * fabric.world_size
+    torch.distributed.all_gather_object(found, mine)
+    fabric.barrier()
+    error = next((error for _, error in found if error is not None), None)
+    if error is not None:
+        error.told = not fabric.is_global_zero
+        raise error
+    return found[fabric.global_rank - fabric.local_rank][0]
+
+
 def together(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
     """What `function` returns on each process; if it raises an error of ours on one of them, all of them raise one, and
     the first process tells it."""

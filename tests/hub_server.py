@@ -237,11 +237,12 @@ REPO = r"([\w.-]+/[\w.-]+)"
 ROUTES = {
     "GET": {
         r"/api/whoami-v2": Handler.who,
-        rf"/api/models/{REPO}(?:/revision/(.+))?": Handler.info,
+        rf"/api/(?:models|datasets)/{REPO}(?:/revision/(.+))?": Handler.info,
         rf"/api/models/{REPO}/tree/(.+)": Handler.tree,
-        rf"/{REPO}/resolve/([^/]+)/(.+)": Handler.resolve,
+        rf"/api/datasets/{REPO}/tree/([^/]+)(?:/.+)?": Handler.tree,
+        rf"(?:/datasets)?/{REPO}/resolve/([^/]+)/(.+)": Handler.resolve,
     },
-    "HEAD": {rf"/{REPO}/resolve/([^/]+)/(.+)": Handler.resolve},
+    "HEAD": {rf"(?:/datasets)?/{REPO}/resolve/([^/]+)/(.+)": Handler.resolve},
     "POST": {
         r"/api/repos/create": Handler.create,
         r"/api/validate-yaml": Handler.validate,

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from litfreeze.checkpoint.convert.hf import HFTensors
 from litfreeze.checkpoint.convert.peft import PEFTTensors
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
-from litfreeze.checkpoint.hub import is_hub_name, located, origin
+from litfreeze.checkpoint.hub import located, origin
 from litfreeze.checkpoint.manifest import MANIFEST, STEMS, TRAINED, WHOLE, read_manifest
 from litfreeze.checkpoint.tensors import Layout, TensorDirectory, same_bits, sha256
 from litfreeze.config import Config
 from litfreeze.errors import LitfreezeError, UsageError
+from litfreeze.hub import is_hub_name
 from litfreeze.json_file import read_json
 from litfreeze.lora import LoRA, add_lora, is_lora, linear_layers, model_parameters
 from litfreeze.model import GPT

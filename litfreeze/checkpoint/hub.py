@@ -7,40 +7,32 @@ takes a connection up again that breaks, and what came whole is not fetched twic
 as it is there, without asking the Hub; `litfreeze download` asks it for a newer one. Tokens go from the option or the
 environment to huggingface_hub, and nowhere else."""
 
-import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Optional
 
 from filelock import FileLock
 
+from litfreeze import hub
 from litfreeze.checkpoint.convert.hf import HF_WEIGHTS
 from litfreeze.checkpoint.convert.peft import PEFT_WEIGHTS
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.manifest import MANIFEST, STEMS
 from litfreeze.checkpoint.tensors import fsync, read_index
 from litfreeze.config import Config
-from litfreeze.errors import LitfreezeError, RunError, UsageError
+from litfreeze.errors import LitfreezeError, UsageError
+from litfreeze.hub import HINT, NAME, is_hub_name, library
 from litfreeze.sizes import megabytes
 from litfreeze.tokenizer import TOKENIZER_FILES
 
-MISSING = "Models on the Hugging Face Hub need huggingface_hub. Install it: pip install 'litfreeze[hub]'."
-NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.-][\w./-]*))?", re.ASCII)
 SNAPSHOT = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
-HINT = "log in (hf auth login), set HF_TOKEN or give --token"
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
-
-
-def is_hub_name(word: Path | str) -> bool:
-    """Whether `word` has the form ORG/NAME or ORG/NAME@REVISION. A relative path may have it too."""
-    return NAME.fullmatch(str(word)) is not None
 
 
 def origin(path: Path) -> Optional[str]:
@@ -60,7 +52,7 @@ def located(path: Path | str) -> Path:
     try:
         if (found := _in_cache(str(path))) is not None:
             return found
-        lock = Path(_hub().constants.HF_HUB_CACHE, ".locks", f"litfreeze--{str(path).replace('/', '--')}.lock")
+        lock = Path(library().constants.HF_HUB_CACHE, ".locks", f"litfreeze--{str(path).replace('/', '--')}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             return _in_cache(str(path)) or download(str(path))
@@ -84,15 +76,6 @@ def _is_dir(path: Path | str) -> bool:
     with suppress(OSError):  # a name that is too long, say
         return Path(path).is_dir()
     return False
-
-
-def _hub() -> ModuleType:
-    """huggingface_hub. Raises UsageError if it is not installed."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UsageError(MISSING) from None
-    return huggingface_hub
 
 
 # --- which files -----------------------------------------------------------------------------------------------------
@@ -132,7 +115,7 @@ def _in_cache(name: str) -> Optional[Path]:
     """The directory of the model `name` in the cache, if all that a checkpoint needs is there."""
     repo, revision = NAME.fullmatch(name).groups()
     for file in ("config.json", PEFT_CONFIG):
-        found = _hub().try_to_load_from_cache(repo, file, revision=revision)
+        found = library().try_to_load_from_cache(repo, file, revision=revision)
         if isinstance(found, str) and _is_complete(Path(found).parent):
             return Path(found).parent
     return None
@@ -159,7 +142,7 @@ def download(name: str, out_dir: Optional[Path] = None) -> Path:
         raise UsageError(f"{name!r} is no name on the Hugging Face Hub. Write ORG/NAME, or ORG/NAME@REVISION.")
     if out_dir is not None and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UsageError(f"--out_dir {out_dir} is not empty. Choose another, or move it away.")
-    hub = _hub()
+    hub = library()
     repo, revision = NAME.fullmatch(name).groups()
     with talking(name):
         listed = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
@@ -201,16 +184,16 @@ def download(name: str, out_dir: Optional[Path] = None) -> Path:
 
 def check_token(repo: str) -> None:
     """Raises UsageError if there is no token, or the Hub does not know it."""
-    if _hub().get_token() is None:
+    if library().get_token() is None:
         raise UsageError(f"Uploading needs a token that may write to {repo}: {HINT}.")
     with talking(repo):
-        _hub().HfApi().whoami()
+        library().HfApi().whoami()
 
 
 def make_repository(repo: str, private: bool, revision: Optional[str]) -> None:
     """Makes the repository `repo`, if it is not there, and its branch `revision`. Raises UsageError if it is there and
     not private, as it was to be, or the token may not write."""
-    hub = _hub().HfApi()
+    hub = library().HfApi()
     with talking(repo):
         hub.create_repo(repo, private=private or None, exist_ok=True)
         if private and not hub.model_info(repo).private:
@@ -222,7 +205,7 @@ def make_repository(repo: str, private: bool, revision: Optional[str]) -> None:
 def upload(repo: str, folder: Path, revision: Optional[str], message: str) -> str:
     """Uploads the files of `folder` and returns the address. Raises UsageError if the repository holds weights that
     would stand beside them."""
-    hub = _hub().HfApi()
+    hub = library().HfApi()
     own = {file.name for file in folder.iterdir()}
     with talking(repo, bars=True):
         there = [file.rfilename for file in hub.model_info(repo, revision=revision).siblings]
@@ -244,78 +227,12 @@ def _check_room(folder: Path, size: int, name: str) -> None:
         )
 
 
-@contextmanager
-def with_token(token: Optional[str]) -> Iterator[None]:
-    """While it is entered huggingface_hub goes by `token`, if there is one: it looks into the environment first."""
-    before = os.environ.get("HF_TOKEN")
-    os.environ |= {} if token is None else {"HF_TOKEN": token}
-    try:
-        yield
-    finally:
-        if token is not None:
-            os.environ.pop("HF_TOKEN")
-            os.environ |= {} if before is None else {"HF_TOKEN": before}
+def talking(name: str, bars: bool = False) -> AbstractContextManager[None]:
+    """As `litfreeze.hub.talking`, about the model `name`."""
 
+    def here() -> str:
+        if _in_cache(name) is not None:
+            return f"{name} is in the cache already: --checkpoint_dir {name} takes it from there."
+        return f"{name} is not in the cache {library().constants.HF_HUB_CACHE} (HF_HOME names another one)."
 
-@contextmanager
-def talking(name: str, bars: bool = False) -> Iterator[None]:
-    """While it is entered huggingface_hub may be asked about the model `name`: its bars are shown on a terminal alone,
-    and its errors become one or two lines of ours."""
-    hub = _hub()
-    import httpx2
-    from huggingface_hub.utils import are_progress_bars_disabled, logging
-
-    quiet = not are_progress_bars_disabled() and not (bars and sys.stderr.isatty())
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it tells every attempt
-    if quiet:
-        hub.utils.disable_progress_bars()
-    try:
-        yield
-    except LitfreezeError:
-        raise
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, hub.errors.HFValidationError) as error:
-        raise _told(error, name) from None
-    finally:
-        logging.set_verbosity(level)
-        if quiet:
-            hub.utils.enable_progress_bars()
-
-
-def _told(error: Exception, name: str) -> LitfreezeError:
-    """What a person can do about an `error` of huggingface_hub's or of what lies under it."""
-    import httpx2
-
-    errors, constants = _hub().errors, _hub().constants
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # it looked into its cache because of that
-    repo, revision = NAME.fullmatch(name).groups()
-    place, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-    offline = f"{name} is not in the cache {cache} (HF_HOME names another one)."
-    if _in_cache(name) is not None:
-        offline = f"{name} is in the cache already: --checkpoint_dir {name} takes it from there."
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return UsageError(f"HF_HUB_OFFLINE is set, and {offline}")
-    if isinstance(error, errors.GatedRepoError):
-        return UsageError(f"{repo} is gated: ask for access at {place}/{repo}, then {HINT}.")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return UsageError(f"{place}/{repo} has no revision {revision or 'main'!r}; {place}/{repo}/refs lists them.")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return UsageError(f"{place} has no model {repo}, or a private one. For that, {HINT}.")
-    if isinstance(error, errors.HFValidationError):
-        return UsageError(f"{repo!r} is no name on the Hub: {_reason(error)}")
-    if status in (401, 403):
-        return UsageError(f"{place} refuses the token for {repo} ({status}). Give one that is good for it: {HINT}.")
-    if isinstance(error, (httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError, httpx2.InvalidURL)):
-        return RunError(f"There is no network: {place} cannot be reached ({_reason(error)}), and {offline}")
-    if status is not None:
-        return RunError(f"{place} answered {status} for {repo}. Try again later.")
-    return RunError(
-        f"The transfer of {repo} was cut ({_reason(error)}).\nFiles that are whole are kept; the same command goes on "
-        "with the others."
-    )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
+    return hub.talking(name, "model", here, bars)

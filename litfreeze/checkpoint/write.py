@@ -15,10 +15,11 @@ from litfreeze.checkpoint.convert.hf import as_hf
 from litfreeze.checkpoint.convert.peft import as_peft
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.directory import Checkpoint, identity, weights_hash
-from litfreeze.checkpoint.hub import is_hub_name, origin
+from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.manifest import FORMAT, MANIFEST, STEMS, TRAINED, WHOLE
 from litfreeze.checkpoint.tensors import Layout, hash_file, whole_directory, write_tensors, write_text
 from litfreeze.errors import UsageError
+from litfreeze.hub import is_hub_name
 from litfreeze.tokenizer import TOKENIZER_FILES
 
 

@@ -15,6 +15,6 @@ def draw_batches(checkpoint: Checkpoint, data: DataArgs, count: int, micro_batch
     tokenizer = checkpoint.tokenizer()
     prompt = Prompt.choose(data.prompt_style, checkpoint.prompt, tokenizer, data.prompt_args)
     samples = read_samples(checkpoint, data, tokenizer, prompt).train
-    first = epoch_order(len(samples), seed, epoch=0)[:count]
+    first = list(epoch_order(len(samples), seed, epoch=0)[:count])
     cut = [first[start : start + micro_batch_size] for start in range(0, len(first), micro_batch_size)]
     return [build_batch(samples, indices, data.packing == "on", share=False) for indices in cut]

@@ -12,8 +12,13 @@ class DataArgs:
     """Where the records are and how they become tokens.
 
     Args:
-        path: A .json, .jsonl, .csv or .txt file, or a folder of them. `--data FILE` is short for `--data.path FILE`.
-            Without it, the embedded SNIPS set.
+        path: A .json, .jsonl, .csv, .txt or .parquet file, or a folder of them; a folder that datasets.save_to_disk
+            made; or a set on the Hugging Face Hub, ORG/NAME or ORG/NAME@REVISION. `--data FILE` is short for
+            `--data.path FILE`. Without it, the embedded SNIPS set.
+        subset: Of a set on the Hub that has several: the name of one.
+        split: Of a set with splits: the one to read. By default train, or the only one.
+        val_split: And the one to validate on. By default validation, if there is one and neither split, val_path nor
+            val_split_fraction says otherwise; a test split is used only if it is named here.
         format: The shape of a record; `auto` tells it from its keys. alpaca: instruction/input/output; chat: messages
             or conversations; completion: prompt/completion; text: text.
         prompt_style: How a record becomes text: chat_template (the checkpoint's own), alpaca, chatml, llama3 or plain.
@@ -28,13 +33,19 @@ class DataArgs:
         max_seq_length: Longest sample in tokens; by default 1024, or what the model can take if that is less.
         overlong: A longer record is cut at its end, or dropped. Both are counted. Plain text is cut into windows.
         bad_records: A record that cannot be read stops the run, or is skipped and counted.
-        val_path: Validation records from a file or folder of their own, in place of a split.
+        val_path: Validation records from a file, folder or set of their own, in place of a part of the others.
         val_split_fraction: Share of the records kept for validation, 0.1 unless said or `val_path` is given; 0 trains
             on all of them, without validation.
         seed: Fixes the split.
+        keep: Where tokens are kept during the run: in memory; on disk, in a file that goes with the run, so that memory
+            does not grow with the set; auto is memory up to 1 GB of them. What is learned is the same.
+        keep_dir: The folder of that file, by default ~/.cache/litfreeze/samples.
     """
 
     path: Optional[Path] = None
+    subset: Optional[str] = None
+    split: Optional[str] = None
+    val_split: Optional[str] = None
     format: Literal["auto", "alpaca", "chat", "completion", "text"] = "auto"
     prompt_style: Optional[str] = None
     prompt_args: Optional[dict[str, Any]] = None
@@ -49,6 +60,8 @@ class DataArgs:
     val_path: Optional[Path] = None
     val_split_fraction: Optional[float] = None
     seed: int = 42
+    keep: Literal["auto", "memory", "disk"] = "auto"
+    keep_dir: Optional[Path] = None
 
     def __post_init__(self) -> None:
         _check_length(self.max_seq_length)
@@ -59,8 +72,10 @@ class TextArgs:
     """The texts that `litfreeze classify` reads.
 
     Args:
-        path: A .json, .jsonl, .csv or .txt file, or a folder of them. `--data FILE` is short for `--data.path FILE`. If
+        path: A file, a folder or a set on the Hub, as in finetune. `--data FILE` is short for `--data.path FILE`. If
             its records have labels, the answers are counted against them.
+        subset: Of a set on the Hub that has several: the name of one.
+        split: Of a set with several splits: the one to read.
         text_key: The key of the text. By default text, sentence, utterance, prompt, instruction or question.
         label_key: And that of the class, if there is one: label, category, intent, class, completion, output or answer.
         max_seq_length: Texts are cut behind so many tokens; by default 1024, or what the model can take if that is
@@ -69,6 +84,8 @@ class TextArgs:
     """
 
     path: Optional[Path] = None
+    subset: Optional[str] = None
+    split: Optional[str] = None
     text_key: Optional[str] = None
     label_key: Optional[str] = None
     max_seq_length: Optional[int] = None

@@ -4,16 +4,21 @@ Classification is next-token training with another vocabulary: a sample is a tex
 comes its class, of which the model reads nothing."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
 from litfreeze.data.args import DataArgs, TextArgs
+from litfreeze.data.counts import Counts
 from litfreeze.data.formats import text_in
 from litfreeze.data.records import read_records
-from litfreeze.data.samples import IGNORE, Counts, Sample, Samples, count_bad, read_and_split
+from litfreeze.data.samples import AT_ONCE, filling
+from litfreeze.data.shelf import IGNORE, Sample, Shelf
+from litfreeze.data.split import Samples, read_and_split, splits_of, subset_of
 from litfreeze.errors import UsageError, did_you_mean
 from litfreeze.tokenizer import Tokenizer
 
@@ -73,12 +78,19 @@ def _told(fields: Mapping[str, Any], what: str, known: Sequence[str]) -> str:
 
 
 def read_labelled(
-    path: Path, args: Union[DataArgs, TextArgs], needs_label: bool = True
-) -> tuple[list[Labelled], Counts]:
-    """The texts of a file or folder with their classes, and what became of its records; a blank text or class is left
-    out. Raises UsageError for records without a text or, if `needs_label`, without a class."""
-    counts, problems, labelled = Counts(), [], []
-    for record in read_records(path):
+    path: Path,
+    args: Union[DataArgs, TextArgs],
+    counts: Counts,
+    split: Optional[str] = None,
+    needs_label: bool = True,
+) -> Iterator[Labelled]:
+    """The texts of a file, folder or split of a set with their classes; what became of its records is counted in
+    `counts`. A blank text or class is left out.
+
+    Raises UsageError at the end for records without a text or, if `needs_label`, without a class, and if nothing is
+    left."""
+    usable = 0
+    for record in read_records(path, subset_of(args, path), split):
         counts.read += 1
         try:
             if record.problem:
@@ -90,17 +102,19 @@ def read_labelled(
                 label, named = find_label(record.fields, args.label_key) or (None, set())
             if label is None and needs_label:
                 raise UsageError(_told(record.fields, "label", LABEL_KEYS))
-            counts.unused_keys |= set(record.fields) - used - named
-            if text.strip() and label != "":
-                labelled.append(Labelled(text, label, record.source))
-            else:
-                counts.empty += 1
         except UsageError as error:
-            problems.append(f"{record.source}: {error}")
-    counts.bad = count_bad(problems, args.bad_records)
-    if not labelled:
+            counts.met(record, error)
+            continue
+        counts.unused_keys |= record.fields.keys() - used - named
+        if text.strip() and label != "":
+            usable += 1
+            yield Labelled(text, label, record.source)
+        else:
+            counts.empty += 1
+    if args.bad_records == "stop":
+        counts.refuse_bad()
+    if not usable:
         raise UsageError(f"{path} leaves no text to classify: {counts.describe()}.")
-    return labelled, counts
 
 
 def _blank_label(fields: Mapping[str, Any], key: Optional[str]) -> bool:
@@ -112,13 +126,13 @@ def _blank_label(fields: Mapping[str, Any], key: Optional[str]) -> bool:
 def labels_of(args: DataArgs) -> tuple[str, ...]:
     """The classes of the training data in order, by number if all are whole numbers. Raises UsageError unless these
     can be learned: two or more, and on average at least two records of each."""
-    labelled, _ = read_labelled(args.path, args)
-    labels = sort_labels({one.label for one in labelled})
+    counts = Counter(one.label for one in read_labelled(args.path, args, Counts(), splits_of(args)[0]))
+    labels, records = sort_labels(counts), counts.total()
     if len(labels) == 1:
         raise UsageError(f"{args.path}: every record has the label {labels[0]!r}; a classifier needs two or more.")
-    if len(labels) > len(labelled) / 2:
+    if len(labels) > records / 2:
         raise UsageError(
-            f"{args.path}: {len(labels):,} different labels in {len(labelled):,} records, such as {labels[0][:60]!r}: "
+            f"{args.path}: {len(labels):,} different labels in {records:,} records, such as {labels[0][:60]!r}: "
             "this is no classification data. Leave out --task classification to learn to write such answers."
         )
     return labels
@@ -139,29 +153,37 @@ def load_classified(
     Raises UsageError for data that is missing or bad, and for a label that is not one of `labels`."""
     ids = {label: i for i, label in enumerate(labels)}
 
-    def read(path: Path) -> tuple[list[Sample], Counts]:
-        labelled, counts = read_labelled(path, args)
-        if strange := sort_labels({one.label for one in labelled} - set(ids)):
-            first = next(one.source for one in labelled if one.label == strange[0])
-            more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+    def read(path: Path, split: Optional[str]) -> tuple[Shelf, Counts]:
+        counts = Counts(split=split)
+        made = filling(path, args, counts)
+        strange: dict[str, str] = {}  # labels that are no classes, and where they stand first
+        texts = read_labelled(path, args, counts, split)
+        while some := list(islice(texts, AT_ONCE)):
+            strange = {one.label: one.source for one in reversed(some) if one.label not in ids} | strange
+            if strange:
+                continue  # only to name them all
+            tokenised = tokenise([one.text for one in some], tokenizer, max_seq_length, pad_id)
+            for one, (tokens, count) in zip(some, tokenised, strict=True):
+                counts.lengths[count] += 1
+                cut = count > max_seq_length
+                if not tokens:
+                    counts.untargeted += 1
+                elif cut and args.overlong == "drop":
+                    counts.dropped += 1
+                else:
+                    counts.cut += cut
+                    made.add(as_sample(tokens, ids[one.label], one.source))
+        if strange:
+            first, *others = sort_labels(strange)
+            named = ", ".join(map(repr, [first, *others[:4]])) + (f" and {len(others) - 4} more" if others[4:] else "")
             raise UsageError(
-                f"{path}: {', '.join(map(repr, strange[:5]))}{more}, first at {first}, is no class of the training "
-                f"data.{did_you_mean(strange[0], labels)} Mend the labels, or train with records of these classes too."
+                f"{path}: {named}, first at {strange[first]}, is no class of the training data."
+                f"{did_you_mean(first, labels)} Mend the labels, or train with records of these classes too."
             )
-        samples = []
-        texts = tokenise([one.text for one in labelled], tokenizer, max_seq_length, pad_id)
-        for one, (tokens, cut) in zip(labelled, texts, strict=True):
-            if not tokens:
-                counts.untargeted += 1
-            elif cut and args.overlong == "drop":
-                counts.dropped += 1
-            else:
-                counts.cut += cut
-                samples.append(as_sample(tokens, ids[one.label], one.source))
-        counts.samples = len(samples)
-        if not samples:
+        counts.samples = len(made)
+        if not counts.samples:
             raise UsageError(f"{path} leaves nothing to learn from: {counts.describe()}.")
-        return samples, counts
+        return made.shelf(), counts
 
     samples = read_and_split(args, read, kind=lambda sample: int(sample.labels[-1]))
     samples.labels = tuple(labels)
@@ -170,9 +192,9 @@ def load_classified(
 
 def tokenise(
     texts: Sequence[str], tokenizer: Tokenizer, max_seq_length: int, pad_id: Optional[int]
-) -> list[tuple[list[int], bool]]:
-    """The tokens of each text, with those that the tokenizer itself puts around it, and whether its end was cut off
-    to leave `max_seq_length`.
+) -> list[tuple[list[int], int]]:
+    """The first `max_seq_length` tokens of each text, with those that the tokenizer itself puts around it, and how many
+    it has.
 
     What stands at the end and is `pad_id` goes: transformers, too, reads the class after the last token that is not."""
     found = []
@@ -180,7 +202,7 @@ def tokenise(
         kept = tokens[:max_seq_length]
         while kept and kept[-1] == pad_id:
             kept.pop()
-        found.append((kept, len(tokens) > max_seq_length))
+        found.append((kept, len(tokens)))
     return found
 
 

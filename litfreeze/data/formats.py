@@ -131,7 +131,8 @@ def text_in(fields: Mapping[str, Any], key: str, where: str = "") -> str:
         raise UsageError(f"{prefix}{key!r} is missing")
     value = fields[key]
     if not isinstance(value, str):
-        raise UsageError(f"{prefix}{key!r} should be text, not {'null' if value is None else type(value).__name__}")
+        what = getattr(value, "what", "null" if value is None else type(value).__name__)
+        raise UsageError(f"{prefix}{key!r} should be text, not {what}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,16 +1,18 @@
-"""Files to records: every record knows its file and line, so that a bad one can be named."""
+"""Files to records: every record knows its file and line, so that a bad one can be named.
+
+A .jsonl, .csv or .parquet is read a piece at a time, so that it may be larger than memory; a .json or .txt whole."""
 
 import csv
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
+from litfreeze.data import hf_datasets
+from litfreeze.data.columns import parquet_rows
+from litfreeze.data.hf_datasets import SUFFIXES
 from litfreeze.errors import UsageError, did_you_mean
-
-SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Record:
 
     Attributes:
         fields: Its keys and values; empty where `problem` is set.
-        source: `file:line` of its first line.
+        source: `file:line` of its first line; of a table `file:row`, and of one of several splits `name[train]:row`.
+            The first line or row is 1.
         problem: Why it cannot be read, or an empty string.
     """
 
@@ -28,13 +31,16 @@ class Record:
     problem: str = ""
 
 
-def data_files(path: str | Path) -> list[Path]:
-    """The data files that `path` stands for: itself, or those directly in the folder, sorted by name.
+def data_files(path: str | Path, subset: Optional[str] = None) -> list[Path]:
+    """The data files that `path` stands for: itself, or those directly in the folder, sorted by name; the Arrow files
+    of a set of Hugging Face's `datasets`, which is downloaded if need be.
 
     Raises:
         UsageError: Nothing is there, or nothing with a known suffix.
     """
     path, known = Path(path), ", ".join(SUFFIXES)
+    if hf_datasets.is_dataset(path):
+        return hf_datasets.files_of(path, subset)
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if _is_data(f) and f.is_file() and not f.name.startswith("."))
         if not files:
@@ -48,40 +54,66 @@ def data_files(path: str | Path) -> list[Path]:
     return [path]
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
+def read_records(path: str | Path, subset: Optional[str] = None, split: Optional[str] = None) -> Iterator[Record]:
     """The records of a file or folder, in order. A line that is no record comes as one with a `problem`.
 
-    Files are UTF-8, with or without a byte order mark. A .json holds a list of objects, alone or as the only list of
-    one object; a .jsonl one object a line, blank lines aside; a .csv a header and rows; a .txt one document.
+    Text is UTF-8, with or without a byte order mark. A .json holds a list of objects, alone or as the only list of
+    one object; a .jsonl one object a line, blank lines aside; a .csv a header and rows; a .txt one document; a .parquet
+    a table. A set of Hugging Face's `datasets`, in a folder or on the Hub, is read one `split` of one `subset`, as
+    `hf_datasets.rows` says.
 
     Raises:
         UsageError: A file is missing, unreadable, not text, or broken in a way that hides the records after it.
+        RunError: A set on the Hub could not be downloaded.
     """
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
+    if hf_datasets.is_dataset(Path(path)):
+        yield from (Record(fields, source) for fields, source in hf_datasets.rows(Path(path), subset, split))
+        return
+    for option, value in (("subset", subset), ("split", split)):
+        if value is not None:
+            raise UsageError(f"--data.{option} {value} is for Hugging Face datasets, and {path} is not one.")
+    readers = {
+        ".json": _read_json,
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".txt": _read_txt,
+        ".parquet": _read_parquet,
+    }
     for file in data_files(path):
-        yield from readers[file.suffix.lower()](_read_text(file), file)
+        try:
+            yield from readers[file.suffix.lower()](file)
+        except UnicodeDecodeError:
+            raise _no_text(file) from None
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 def _is_data(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{path}:{line} is not UTF-8 text (byte 0x{data[error.start]:02x}); convert it first."
-        ) from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UsageError(f"{path}:{line} holds a zero byte: this is not a text file.")
-    return text
+def _lines(path: Path, newline: str) -> Iterator[str]:
+    """The lines of a text file with their ends. Of `newline` "\\n", at U+000A alone; of "", at U+000D too."""
+    with path.open(encoding="utf-8-sig", newline=newline) as file:
+        for line in file:
+            if "\0" in line:
+                raise _no_text(path)
+            yield line
+
+
+def _no_text(path: Path) -> UsageError:
+    """What is wrong with a file that cannot be read as text, and in which line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                return UsageError(
+                    f"{path}:{number} is not UTF-8 text (byte 0x{line[error.start]:02x}); convert it first."
+                )
+            if b"\0" in line:
+                return UsageError(f"{path}:{number} holds a zero byte: this is not a text file.")
+    return UsageError(f"{path} was written to while it was read.")
 
 
 def _record(value: Any, source: str) -> Record:
@@ -90,13 +122,13 @@ def _record(value: Any, source: str) -> Record:
     return Record(source=source, problem=f"should be an object with keys, not a {type(value).__name__}")
 
 
-def _read_txt(text: str, path: Path) -> Iterator[Record]:
-    yield Record({"text": text}, f"{path}:1")
+def _read_txt(path: Path) -> Iterator[Record]:
+    yield Record({"text": "".join(_lines(path, ""))}, f"{path}:1")
 
 
-def _read_jsonl(text: str, path: Path) -> Iterator[Record]:
+def _read_jsonl(path: Path) -> Iterator[Record]:
     # Not splitlines(): it also splits at U+2028, which may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_lines(path, "\n"), start=1):
         if not line.strip():
             continue
         source = f"{path}:{number}"
@@ -111,7 +143,8 @@ def _read_jsonl(text: str, path: Path) -> Iterator[Record]:
             yield Record(source=source, problem=f"is not valid JSON: {told}")
 
 
-def _read_json(text: str, path: Path) -> Iterator[Record]:
+def _read_json(path: Path) -> Iterator[Record]:
+    text = "".join(_lines(path, ""))
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -122,6 +155,7 @@ def _read_json(text: str, path: Path) -> Iterator[Record]:
     start = _list_start(text, whole)
     if start is None:
         raise UsageError(f"{path} should hold a list of objects, or one object with exactly one list.")
+    del whole
     line, counted = 1, 0
     for begin, value in _elements(text, start):
         line += text.count("\n", counted, begin)
@@ -168,9 +202,9 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _read_csv(text: str, path: Path) -> Iterator[Record]:
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the default refuses long documents
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _read_csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))  # the default refuses long documents
+    reader = csv.reader(_lines(path, ""), strict=True)
     header: list[str] = []
     line = 1
     try:
@@ -186,3 +220,8 @@ def _read_csv(text: str, path: Path) -> Iterator[Record]:
                 yield Record(source=source, problem=f"has {len(row)} fields where the header has {len(header)}")
     except csv.Error as error:
         raise UsageError(f"{path}:{line} is not valid CSV: {error}.") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    for number, fields in enumerate(parquet_rows(path), start=1):
+        yield Record(fields, f"{path}:{number}")

@@ -17,7 +17,7 @@ from lightning_fabric.utilities.apply_func import move_data_to_device
 from tqdm import tqdm
 
 from litfreeze.data.batches import build_batch, groups_of
-from litfreeze.data.samples import IGNORE, Sample
+from litfreeze.data.shelf import IGNORE, Sample
 from litfreeze.errors import RunError, UsageError, did_you_mean
 from litfreeze.freeze.memory import logit_rows
 from litfreeze.generate.sample import Sampling, generate_tokens

@@ -6,8 +6,9 @@ from dataclasses import replace
 from lightning_fabric import Fabric
 
 from litfreeze.data.args import DataArgs
+from litfreeze.data.hf_datasets import is_dataset, only_split
 from litfreeze.data.prompt import Prompt
-from litfreeze.data.samples import Sample
+from litfreeze.data.shelf import Sample
 from litfreeze.errors import UsageError
 from litfreeze.evaluate.columns import Column
 from litfreeze.finetune.task import KEYS, LANGUAGE, refuse
@@ -19,17 +20,18 @@ from litfreeze.train.outcome import Scores
 from litfreeze.train.prepare import read_samples
 
 
-def read_all(columns: Sequence[Column], data: DataArgs, limit: int | None) -> tuple[list[list[Sample]], str]:
+def read_all(columns: Sequence[Column], data: DataArgs, limit: int | None) -> tuple[list[Sequence[Sample]], str]:
     """The samples that each of `columns` is asked, and what a person is told of them. Raises UsageError for options
     that are about splitting records, or belong to the other task."""
     is_classifier = bool(columns[0].checkpoint.config.labels)
     refuse(
         data, DataArgs(), LANGUAGE if is_classifier else KEYS, "data", "language" if is_classifier else "classification"
     )
-    for name in ("val_path", "val_split_fraction", "seed"):
+    for name in ("val_path", "val_split", "val_split_fraction", "seed"):
         if getattr(data, name) != getattr(DataArgs(), name):
             raise UsageError(f"--data.{name}: evaluate looks at all records of --data. Leave it out.")
-    everything = replace(data, val_split_fraction=0)
+    split = only_split(data.path, data.subset) if data.split is None and is_dataset(data.path) else data.split
+    everything = replace(data, split=split, val_split_fraction=0)
     found, told = [], ""
     for column in columns:
         tokenizer = column.checkpoint.tokenizer()
@@ -40,6 +42,6 @@ def read_all(columns: Sequence[Column], data: DataArgs, limit: int | None) -> tu
     return found, told
 
 
-def score(fabric: Fabric, model: GPT, samples: list[Sample], data: DataArgs, micro_batch_size: int) -> Scores:
+def score(fabric: Fabric, model: GPT, samples: Sequence[Sample], data: DataArgs, micro_batch_size: int) -> Scores:
     """The scores of `model` on `samples`."""
     return validate(fabric, NextToken(model), Feed(fabric, samples, data, share=True), micro_batch_size)

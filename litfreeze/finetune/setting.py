@@ -19,7 +19,9 @@ from litfreeze.choose.rank import Ranking, rank
 from litfreeze.choose.sample import draw_batches
 from litfreeze.choose.words import NEED_DATA, RECORDS, has_ranks, put_ids
 from litfreeze.cli import SHORT, arguments, options_of
+from litfreeze.data import hf_datasets
 from litfreeze.data.args import DataArgs
+from litfreeze.data.hf_datasets import seen_from as data_from
 from litfreeze.demo import MODEL_DIR, TRAIN_DEFAULTS, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import UsageError
 from litfreeze.freeze.plan import FreezePlan
@@ -60,7 +62,8 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
         own[name] = own[name] and seen_from(folder, own[name])
     own["frozen"].cache_dir = own["frozen"].cache_dir and folder / own["frozen"].cache_dir
     for name in ("path", "val_path"):
-        setattr(own["data"], name, getattr(own["data"], name) and folder / getattr(own["data"], name))
+        setattr(own["data"], name, getattr(own["data"], name) and data_from(folder, getattr(own["data"], name)))
+    own["data"].keep_dir = own["data"].keep_dir and folder / own["data"].keep_dir
     defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
     changed = _leaves(_changed(vars(given), defaults), defaults)
     group_of = {leaf: name for name, value in own.items() for leaf in _leaves({name: _fields(value)}, defaults)}
@@ -69,6 +72,8 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
         kept = getattr(own[group], leaf) if is_dataclass(own[group]) else own[name]
         if name in ("data.path", "data.val_path"):  # where it lies may change; what it holds is compared
             setattr(own["data"], leaf, Path(value))
+        elif name in ("data.keep", "data.keep_dir"):
+            own["data"] = replace(own["data"], **{leaf: value})
         elif group in ("frozen", "log") and name not in ("freeze_quantize", "cache_dtype"):
             # Neither changes what is learned, to the bit
             own[group] = replace(own[group], **{leaf: value})
@@ -144,6 +149,7 @@ def job_of(
     **more: Any,
 ) -> tuple[Fabric, Job]:
     """A `Job` of the options that every script has and of `more`, and the devices they ask for to run it on."""
+    options = but(options, data=with_pins(options.data))
     data, train = with_demo_defaults(options.checkpoint_dir, options.data, options.train, lr, epochs=3)
     fabric, precision = build_fabric(*places_of(options))
     job = Job(
@@ -188,6 +194,14 @@ def with_demo_data(data: Union[DataArgs, Path, str]) -> DataArgs:
         return data
     own_split = data.val_path is not None or data.val_split_fraction is not None
     return replace(data, path=TRAIN_FILE, val_path=data.val_path if own_split else VAL_FILE)
+
+
+def with_pins(data: Union[DataArgs, Path, str]) -> DataArgs:
+    """`data` with the commits of sets on the Hub, so that they mean the same later on. Raises what reading them
+    does."""
+    data = data if isinstance(data, DataArgs) else DataArgs(path=Path(data))
+    path = data.path and hf_datasets.pinned(Path(data.path), data.subset)
+    return replace(data, path=path, val_path=data.val_path and hf_datasets.pinned(Path(data.val_path), data.subset))
 
 
 def recipe_yaml(script: Callable[..., Any], options: Mapping[str, Any]) -> str:

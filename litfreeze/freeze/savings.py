@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
-from litfreeze.data.samples import IGNORE, Sample
+from litfreeze.data.shelf import Sample, learned_of, lengths_of
 from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.lora import linear_layers
 from litfreeze.sizes import megabytes
@@ -24,9 +24,8 @@ class Rows:
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "Rows":
-        lengths = [len(sample.tokens) - 1 for sample in samples]
-        targets = sum(int((sample.labels[1:] != IGNORE).sum()) for sample in samples)
-        return cls(sum(lengths), targets, sum(n * (n + 1) // 2 for n in lengths))
+        lengths = lengths_of(samples) - 1
+        return cls(int(lengths.sum()), int(learned_of(samples).sum()), int((lengths * (lengths + 1) // 2).sum()))
 
     @classmethod
     def full(cls, records: int, length: int) -> "Rows":
@@ -57,7 +56,7 @@ class Work:
 @dataclass(frozen=True)
 class Speed:
     """What a machine reaches of each kind of `Work`, in FLOP/s, and what the optimizer's step takes for a parameter
-    that trains, in seconds. A `backward` of None: there is none."""
+    that trains, in seconds. Infinite is what there is nothing of."""
 
     prefix: float
     forward: float

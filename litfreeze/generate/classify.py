@@ -35,7 +35,8 @@ def setup(
     """
     from litfreeze.checkpoint.directory import load_model, open_checkpoint
     from litfreeze.data.classes import read_labelled, tokenise
-    from litfreeze.data.samples import MAX_SEQ_LENGTH
+    from litfreeze.data.counts import Counts
+    from litfreeze.data.samples import max_length
     from litfreeze.errors import UsageError
     from litfreeze.generate.classes import likeliest, probabilities
     from litfreeze.launch import build_fabric
@@ -53,19 +54,18 @@ def setup(
     if top < 1:
         raise UsageError(f"--top {top} must be at least 1.")
     checkpoint = open_checkpoint(checkpoint_dir, base_dir)
-    labels, block_size = checkpoint.config.labels, checkpoint.config.block_size
+    labels = checkpoint.config.labels
     if not labels:
         raise UsageError(
             f"{checkpoint.path} is a language model. Make a classifier of it with litfreeze finetune full "
             f"--task classification --checkpoint_dir {checkpoint.path} --data FILE."
         )
-    length = data.max_seq_length or min(block_size, MAX_SEQ_LENGTH)
-    if not 1 <= length <= block_size:
-        raise UsageError(f"--data.max_seq_length {length}: this model has {block_size} positions.")
+    length = max_length(data, checkpoint.config.block_size)
     if data.path is None:
         texts, known, sources, told = [text], [None], [""], ""
     else:
-        labelled, counts = read_labelled(data.path, data, needs_label=False)
+        counts = Counts()
+        labelled = list(read_labelled(data.path, data, counts, data.split, needs_label=False))
         texts, known = [one.text for one in labelled], [one.label for one in labelled]
         sources, told = [one.source for one in labelled], counts.describe()
         strange = sorted({label for label in known if label is not None} - set(labels))

@@ -6,7 +6,7 @@ tokens. The store's key is a hash of all else that decides those rows, so that a
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from itertools import accumulate
@@ -19,7 +19,7 @@ from litfreeze.attention import kernel_name
 from litfreeze.checkpoint.tensors import as_bytes, is_mapped
 from litfreeze.config import Config
 from litfreeze.data.batches import Batch, build_batch
-from litfreeze.data.samples import Sample
+from litfreeze.data.shelf import Sample
 from litfreeze.freeze.plan import block_of
 from litfreeze.heap import trim
 from litfreeze.model import GPT
@@ -51,7 +51,7 @@ class Prefix:
         gpt: GPT,
         stop: int,
         store: ActivationStore,
-        samples: Iterable[Sample],
+        samples: Sequence[Sample],
         read: Callable[[str], Tensor],
         mode: Callable[[], AbstractContextManager[Any]],
         together: bool = False,
@@ -65,13 +65,18 @@ class Prefix:
         self.mode = mode
         self.together = together
         self.streamed = streamed
-        each = {sample.digest: sample for sample in samples}
-        starts = accumulate((len(sample.tokens) - 1 for sample in each.values()), initial=0)
-        self.group_of = {digest: start // AT_ONCE for digest, start in zip(each, starts, strict=False)}
-        self.groups: dict[int, list[Sample]] = {}
-        for digest, i in self.group_of.items():
-            self.groups.setdefault(i, []).append(each[digest])
-        self.unknown = {digest: sample for digest, sample in each.items() if digest not in store}
+        self.samples = samples
+        self.group_of: dict[bytes, int] = {}
+        self.groups: dict[int, list[int]] = {}  # indices of samples: these may lie on disk
+        self.unknown: set[bytes] = set()
+        start = 0
+        for i, sample in enumerate(samples):
+            if sample.digest not in self.group_of:
+                self.group_of[sample.digest] = start // AT_ONCE
+                self.groups.setdefault(start // AT_ONCE, []).append(i)
+                start += len(sample.tokens) - 1
+                if sample.digest not in store:
+                    self.unknown.add(sample.digest)
         names = (name for name, _ in gpt.named_parameters())
         self.names = only_below(gpt.config, names, stop)
         self.released = released
@@ -97,15 +102,15 @@ class Prefix:
         barrier()
         self._look_again()
 
-    def stream(self, batch: Batch, samples: list[Sample]) -> Tensor:
+    def stream(self, batch: Batch, samples: Sequence[Sample]) -> Tensor:
         """The residual stream above the prefix, (N, C) or (B, T, C), for a batch of `samples`."""
         width = self.gpt.config.n_embd
         rows: dict[int, Tensor] = {}
         for i in {place.sample for place in batch.places}:
             try:
-                rows[i] = self.store.read(samples[i].digest)
+                rows[i] = self.store.read((sample := samples[i]).digest)
             except KeyError:  # the disk is full, or what stood there is damaged
-                rows[i] = self._make([[samples[i]]])[samples[i].digest]
+                rows[i] = self._make([[sample]])[sample.digest]
         x = torch.zeros(batch.tokens.numel(), width, dtype=self.gpt.stream, device=self.store.device)
         for row, i, start, stop in batch.places:
             x[row : row + stop - start] = rows[i][start:stop]
@@ -169,11 +174,11 @@ class Prefix:
         return [name for name in names if self.streamed or is_mapped(self.gpt.get_parameter(name))]
 
     def _unknown_of(self, group: int) -> list[Sample]:
-        return [sample for sample in self.groups[group] if sample.digest in self.unknown]
+        return [sample for i in self.groups[group] if (sample := self.samples[i]).digest in self.unknown]
 
     def _look_again(self) -> None:
         self.store.refresh()
-        self.unknown = {digest: s for digest, s in self.unknown.items() if digest not in self.store}
+        self.unknown = {digest for digest in self.unknown if digest not in self.store}
 
     @torch.no_grad()
     def _make(self, groups: list[list[Sample]]) -> dict[bytes, Tensor]:
@@ -217,7 +222,7 @@ class Prefix:
             if place.stop == len(sample.tokens) - 1:  # not a beginning that several share
                 made[sample.digest] = torch.cat([x[a:b] for a, b in (*span.before, span[:2])])
                 self.store.add(sample.digest, made[sample.digest], more=place is not batch.places[-1])
-                self.unknown.pop(sample.digest, None)
+                self.unknown.discard(sample.digest)
         if self.together:
             self.store.flush()
         return made

@@ -37,8 +37,9 @@ def setup(
     from contextlib import ExitStack
 
     from litfreeze.checkpoint.directory import open_checkpoint
-    from litfreeze.checkpoint.hub import check_token, make_repository, upload, with_token
+    from litfreeze.checkpoint.hub import check_token, make_repository, upload
     from litfreeze.errors import UsageError
+    from litfreeze.hub import with_token
     from litfreeze.publish.card import compared_with_base, write_card
     from litfreeze.publish.public import base_of
     from litfreeze.publish.stage import stage
@@ -77,8 +78,8 @@ def setup(
 
 def _check(checkpoint, form: str, repo_id: str, base_model: Optional[str], base: Optional[str], out_dir) -> None:
     """Raises UsageError for what can be known to be wrong before anything is written or asked."""
-    from litfreeze.checkpoint.hub import NAME
     from litfreeze.errors import UsageError
+    from litfreeze.hub import NAME
 
     named = NAME.fullmatch(repo_id)
     if named is None or named[2]:

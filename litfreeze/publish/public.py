@@ -9,12 +9,13 @@ import yaml
 
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.directory import Checkpoint
-from litfreeze.checkpoint.hub import is_hub_name, origin
+from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.manifest import MANIFEST, TRAINED, read_manifest
 from litfreeze.checkpoint.write import record_of
 from litfreeze.cli import options_of
 from litfreeze.demo import MODEL_DIR
 from litfreeze.finetune import full, lora
+from litfreeze.hub import is_hub_name
 from litfreeze.json_file import read_json
 
 SCRIPTS = {"full": full.setup, "lora": lora.setup}  # by the kind of a run

@@ -18,7 +18,8 @@ def setup(repo_id: str, out_dir: Optional[Path] = None, token: Optional[str] = N
     import shlex
 
     from litfreeze.checkpoint.directory import open_checkpoint
-    from litfreeze.checkpoint.hub import download, with_token
+    from litfreeze.checkpoint.hub import download
+    from litfreeze.hub import with_token
 
     with with_token(token):
         folder = download(repo_id, out_dir and Path(out_dir))

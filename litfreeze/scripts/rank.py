@@ -86,7 +86,9 @@ def setup(
     words = [] if checkpoint_dir is None else ["--checkpoint_dir", str(checkpoint_dir)]
     words += [] if base_dir is None else ["--base_dir", str(base_dir)]
     words += ["--task", "classification"] if task == "classification" or checkpoint.config.labels else []
-    words += [] if batches is None or checkpoint_dir is None else ["--data", str(data.path)]
+    if batches is not None and checkpoint_dir is not None:
+        chosen = {"": data.path, ".subset": data.subset, ".split": data.split, ".val_split": data.val_split}
+        words += [word for name, value in chosen.items() if value for word in (f"--data{name}", str(value))]
     print(f"Next      litfreeze finetune full {shlex.join([*words, '--trainable_layers', best])}")
     return ranking
 

@@ -52,7 +52,7 @@ def setup(
     from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.choose.sweep import Candidate, hash_of_files, recommend, table, try_candidate, write
     from litfreeze.choose.words import check_words
-    from litfreeze.data.records import data_files
+    from litfreeze.data.split import files_behind
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
     from litfreeze.finetune import full, lora
@@ -78,8 +78,7 @@ def setup(
     if train.epochs is None and train.max_steps is None and train.max_time is None:
         train = replace(train, epochs=1)
     given = with_demo_data(data)
-    files = [file for path in (given.path, given.val_path) if path is not None for file in data_files(path)]
-    made_of = f"{base.weights_hash} {hash_of_files(files)}"
+    made_of = f"{base.weights_hash} {hash_of_files(files_behind(given))}"
     out_dir = claim(Path(out_dir), "sweep")
     shared = {
         "checkpoint_dir": checkpoint_dir, "task": task, "data": data, "train": train, "eval": eval,
@@ -106,6 +105,7 @@ def setup(
     print(f"Written   {out_dir / 'sweep.json'}, {out_dir / 'sweep.png'}, and each run beside them")
     words = {
         "--checkpoint_dir": checkpoint_dir, "--task": task if task != "language" else None, "--data": data.path,
+        "--data.subset": data.subset, "--data.split": data.split, "--data.val_split": data.val_split,
         "--trainable_layers": taken.candidate.layers, "--train.lr": train.lr,
     }  # fmt: skip
     line = " ".join(f"{option} {shlex.quote(str(value))}" for option, value in words.items() if value is not None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from lightning_fabric import Fabric
 
-from litfreeze.data.samples import Sample
+from litfreeze.data.shelf import Sample
 from litfreeze.generate.classes import likeliest, probabilities
 from litfreeze.generate.sample import generate_tokens
 from litfreeze.model import GPT

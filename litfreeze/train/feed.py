@@ -1,6 +1,6 @@
 """What the model is given, micro-batch by micro-batch: the batch and, over a frozen prefix, the stream above it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Optional
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litfreeze.data.args import DataArgs
 from litfreeze.data.batches import Batch, build_batch
-from litfreeze.data.samples import Sample
+from litfreeze.data.shelf import Sample
 from litfreeze.prefix.prefix import Prefix
 
 Given = tuple[Batch, Optional[Tensor], int]  # the arguments of `NextToken.forward`
@@ -22,7 +22,7 @@ class Feed:
     With a `prefix`, its rows are read, after those that are missing were made, a good many at once."""
 
     def __init__(
-        self, fabric: Fabric, samples: list[Sample], data: DataArgs, share: bool, prefix: Optional[Prefix] = None
+        self, fabric: Fabric, samples: Sequence[Sample], data: DataArgs, share: bool, prefix: Optional[Prefix] = None
     ) -> None:
         self.fabric = fabric
         self.samples = samples

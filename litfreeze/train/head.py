@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litfreeze.data.samples import IGNORE
+from litfreeze.data.shelf import IGNORE
 from litfreeze.freeze.memory import logit_rows
 
 SLICE = 6 * 1024**2  # bytes of the head that a processor's cache holds

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from litfreeze.checkpoint.resume import Point, newest_point, points, weights_of, write_point
 from litfreeze.checkpoint.tensors import clean_directory, remove_directory, replace_directory, write_text
 from litfreeze.checkpoint.trained import Proof, write_trained
-from litfreeze.data.samples import Samples
+from litfreeze.data.hf_datasets import is_on_hub
+from litfreeze.data.split import Samples
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.optimizers import state_bytes
@@ -191,7 +193,7 @@ class Keeper:
                 "epochs": round(outcome.step / self.schedule.steps_per_epoch, 3),
                 "tokens": outcome.tokens,
                 "data": {
-                    "name": Path(job.data.path).resolve().name,
+                    "name": str(path) if is_on_hub(path := Path(job.data.path)) else path.resolve().name,
                     "train_samples": len(self.samples.train),
                     "val_samples": len(self.samples.val),
                 },
@@ -210,7 +212,7 @@ class Keeper:
         if len(self.stages) > 1:
             planned += [f"{stage.start} {stage.plan.layers}" for stage in self.stages]
         digest = hashlib.sha256()
-        for sample in self.samples.train + self.samples.val:
+        for sample in chain(self.samples.train, self.samples.val):
             digest.update(sample.tokens.tobytes() + b"|" + sample.labels.tobytes())
         checkpoint = job.checkpoint
         return {

@@ -12,7 +12,7 @@ from torch import nn
 
 from litfreeze.confusion import macro_f1
 from litfreeze.data.batches import epoch_order, step_indices, steps_per_epoch, val_indices
-from litfreeze.data.samples import IGNORE
+from litfreeze.data.shelf import IGNORE
 from litfreeze.errors import Interrupted, RunError
 from litfreeze.outputs import BEST, step_name
 from litfreeze.shards import complete, total_norm, whole
@@ -92,7 +92,7 @@ def fit(
     signal came, after the step that it came in was saved."""
     outcome = outcome or Outcome()
     began = time.perf_counter() - outcome.wall_seconds
-    order: list[int] = []
+    order: Sequence[int] = []
     limit = None if train.max_time is None else seconds(train.max_time)
     until = schedule.max_steps if until is None else until
     first, skipped = outcome.step, 0  # steps skipped in a row

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litfreeze.attention import Packed
 from litfreeze.data.batches import Batch
-from litfreeze.data.samples import IGNORE
+from litfreeze.data.shelf import IGNORE
 from litfreeze.freeze.memory import logit_rows
 from litfreeze.model import GPT, Linear
 from litfreeze.train.head import HeadLoss

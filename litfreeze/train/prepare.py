@@ -12,11 +12,12 @@ from litfreeze.checkpoint.expand import check_new_blocks
 from litfreeze.data.args import DataArgs
 from litfreeze.data.classes import load_classified
 from litfreeze.data.prompt import Prompt
-from litfreeze.data.samples import MAX_SEQ_LENGTH, Samples, load_samples
+from litfreeze.data.samples import load_samples, max_length
+from litfreeze.data.split import Samples
 from litfreeze.errors import UsageError
 from litfreeze.freeze.quantize import check_quantize
 from litfreeze.freeze.thaw import Stage, stages
-from litfreeze.launch import Sharded
+from litfreeze.launch import Sharded, on_first_of_machine
 from litfreeze.outputs import began_as, used
 from litfreeze.tokenizer import Tokenizer
 from litfreeze.train.aside import check_logger
@@ -44,6 +45,23 @@ class Prepared:
 def prepare(fabric: Fabric, job: Job, read: Optional[Callable[[Job, Tokenizer, Prompt], Samples]] = None) -> Prepared:
     """What `job` learns from and when. `read` may give samples that are known already. Raises UsageError for all that
     can be known to be wrong by then."""
+    check(fabric, job)
+    fabric.seed_everything(job.seed, workers=False, verbose=False)
+    tokenizer = job.checkpoint.tokenizer()
+    prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
+    samples = (read or job_samples)(job, tokenizer, prompt)
+    # Plain text has no prompt, and what a classifier reads is the text alone
+    prompted = not job.checkpoint.config.labels and bool(samples.train.prompts.any())
+    schedule = Schedule.plan(len(samples.train), job.train, job.eval)
+    planned = stages(job.plan, job.thawing, schedule.max_steps, schedule.steps_per_epoch, schedule.warmup)
+    if job.frozen.freeze_quantize:
+        check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device, planned[0].untouched)
+    saved = prompt.to_dict() if prompted else job.checkpoint.prompt
+    return Prepared(tokenizer, samples, schedule, planned, prompt.style if prompted else None, saved)
+
+
+def check(fabric: Fabric, job: Job) -> None:
+    """Raises UsageError for all that can be known to be wrong before the records are read."""
     again = job.resume or (job.anew and job.out_dir is not None and began_as(job.out_dir, job.recipe))
     if job.out_dir is not None and used(job.out_dir) and not again:
         what = "already holds something" if job.out_dir.is_dir() else "is a file"
@@ -61,38 +79,36 @@ def prepare(fabric: Fabric, job: Job, read: Optional[Callable[[Job, Tokenizer, P
         check_sharding(job, fabric.strategy.form)
     elif job.frozen.shard_frozen:
         raise UsageError("--shard_frozen needs --strategy fsdp, and more than one process (--devices 2).")
-    fabric.seed_everything(job.seed, workers=False, verbose=False)
-    tokenizer = job.checkpoint.tokenizer()
-    prompt = Prompt.choose(job.data.prompt_style, job.checkpoint.prompt, tokenizer, job.data.prompt_args)
-    samples = (read or job_samples)(job, tokenizer, prompt)
-    # Plain text has no prompt, and what a classifier reads is the text alone
-    prompted = not job.checkpoint.config.labels and any(len(sample.prompt_tokens) for sample in samples.train)
-    schedule = Schedule.plan(len(samples.train), job.train, job.eval)
-    planned = stages(job.plan, job.thawing, schedule.max_steps, schedule.steps_per_epoch, schedule.warmup)
-    if job.frozen.freeze_quantize:
-        check_quantize(job.plan, job.frozen.freeze_quantize, fabric.device, planned[0].untouched)
-    saved = prompt.to_dict() if prompted else job.checkpoint.prompt
-    return Prepared(tokenizer, samples, schedule, planned, prompt.style if prompted else None, saved)
 
 
-def job_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
+def read_once(fabric: Fabric, job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
+    """`job_samples`, made by the first process of each machine, for all of them unless each is to keep its own in
+    memory. All processes come here."""
+    if fabric.world_size == 1 or job.data.keep == "memory":
+        return job_samples(job, tokenizer, prompt)
+    samples = on_first_of_machine(fabric, job_samples, job, tokenizer, prompt, True)
+    samples.unname()  # all have opened them
+    return samples
+
+
+def job_samples(job: Job, tokenizer: Tokenizer, prompt: Prompt, shared: bool = False) -> Samples:
     """The samples of the run; of validation at most `--eval.max_samples`, drawn once."""
-    samples = read_samples(job.checkpoint, job.data, tokenizer, prompt)
+    samples = read_samples(job.checkpoint, job.data, tokenizer, prompt, shared)
     most = job.eval.max_samples
     if most is not None and len(samples.val) > most:
-        drawn = random.Random(job.data.seed).sample(samples.val, most)
-        samples = replace(samples, val=drawn, val_unused=len(samples.val) - most)
+        drawn = random.Random(job.data.seed).sample(range(len(samples.val)), most)
+        samples = replace(samples, val=samples.val.chosen(drawn), val_unused=len(samples.val) - most)
     if not samples.val and (job.eval.patience is not None or job.eval.interval is not None):
         raise UsageError("--eval.patience and --eval.interval need validation records, and there are none.")
     return samples
 
 
-def read_samples(checkpoint: Checkpoint, data: DataArgs, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
-    """The samples, no longer than the model of `checkpoint` can take. Raises UsageError if it lacks some token."""
-    block_size = checkpoint.config.block_size
-    length = data.max_seq_length or min(block_size, MAX_SEQ_LENGTH)
-    if length > block_size:
-        raise UsageError(f"--data.max_seq_length {length} is more than the {block_size} positions this model has.")
+def read_samples(
+    checkpoint: Checkpoint, data: DataArgs, tokenizer: Tokenizer, prompt: Prompt, shared: bool = False
+) -> Samples:
+    """The samples, no longer than the model of `checkpoint` can take. If they are to be `shared` with other processes,
+    they can be until `Samples.unname` is called. Raises UsageError if the model lacks some token."""
+    length = max_length(data, checkpoint.config.block_size)
     try:
         if labels := checkpoint.config.labels:
             samples = load_classified(data, tokenizer, labels, length, checkpoint.hf_config.get("pad_token_id"))
@@ -100,5 +116,7 @@ def read_samples(checkpoint: Checkpoint, data: DataArgs, tokenizer: Tokenizer, p
             samples = load_samples(data, tokenizer, prompt, length)
     except OverflowError:
         raise UsageError(f"{checkpoint.path}: the tokenizer gives ids beyond those of any model.") from None
-    checkpoint.check_tokens(int(sample.tokens.max()) for sample in samples.train + samples.val)
+    checkpoint.check_tokens(part.highest for part in (samples.train, samples.val) if len(part))
+    if not shared:
+        samples.unname()
     return samples

@@ -16,7 +16,8 @@ from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.tensors import write_text
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.confusion import table
-from litfreeze.data.samples import IGNORE, Samples
+from litfreeze.data.shelf import learned_of, lengths_of
+from litfreeze.data.split import Samples
 from litfreeze.demo import MODEL_DIR
 from litfreeze.fields import DROPOUT
 from litfreeze.freeze.layers import format_layers
@@ -243,9 +244,8 @@ class Report:
     def micro_batch(self) -> tuple[int, int]:
         """Tokens and targets in the largest micro-batch that can happen."""
         count = self.job.train.micro_batch_size
-        lengths = sorted((len(s.tokens) - 1 for s in self.samples.train), reverse=True)
-        targets = sorted((int((s.labels[1:] != IGNORE).sum()) for s in self.samples.train), reverse=True)
-        return min(count, len(lengths)) * lengths[0], sum(targets[:count])
+        lengths, targets = lengths_of(self.samples.train) - 1, np.sort(learned_of(self.samples.train))
+        return min(count, len(lengths)) * int(lengths.max()), int(targets[-count:].sum())
 
 
 def _what_is_read(prompt_style: Optional[str], labels: Sequence[str]) -> str:

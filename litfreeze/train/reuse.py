@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 
 from litfreeze.checkpoint.tensors import sha256
 from litfreeze.data.batches import epoch_order
-from litfreeze.data.samples import Sample, Samples
+from litfreeze.data.shelf import Joined, Sample, Shelf
+from litfreeze.data.split import Samples
 from litfreeze.errors import UsageError
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.layers import format_layers
@@ -74,15 +76,15 @@ def choose_reuse(
     store, place = _open_store(job, stop, gpt, fabric.device, dtype)
     # Those that are got to, in the order in which they are needed first, each process's own together
     order = _needed(len(samples.train), job, schedule, stage.start, until)
-    first = [samples.train[i] for rank in range(fabric.world_size) for i in order[rank :: fabric.world_size]]
-    records = list({sample.digest: sample for sample in first + samples.val}.values())
-    missing = [record for record in records if record.digest not in store]
-    every, lacks = (_bytes_of(part, gpt.config.n_embd * dtype.itemsize) for part in (records, missing))
+    order = np.concatenate([order[rank :: fabric.world_size] for rank in range(fabric.world_size)])
+    first = samples.train.chosen(order) if isinstance(samples.train, Shelf) else [samples.train[i] for i in order]
+    records = Joined(first, samples.val)
+    every, lacks, count, missing = _sizes(records, gpt.config.n_embd * dtype.itemsize, store)
     epochs = (until - stage.start) / schedule.steps_per_epoch
     validations = (until - stage.start) / schedule.eval_interval + (job.eval.initial_validation and stage.start == 0)
     passes = (samples.train, epochs), (samples.val, validations)
     saved, cost = fabric.broadcast(_seconds(fabric.device, job, stage.so_far, passes, every, lacks))
-    doubtful = frozen.cache == "auto" and not before and not frozen.stream_frozen and len(missing) == len(records)
+    doubtful = frozen.cache == "auto" and not before and not frozen.stream_frozen and missing == count
     why = _no_room(job, store, every, lacks)
     if not why and doubtful and saved <= cost:
         why = f"it would {_weighed(saved, cost)} (--cache disk insists)."
@@ -101,27 +103,24 @@ def choose_reuse(
         released=released,
     )
     below = f"block{'s' * (stop > 1)} {format_layers(list(range(stop)))}"
-    known = len(records) - len(missing)
+    known = count - missing
     told = [
         f"{below} and what is below run once per record: {megabytes(every)} kept {place}",
-        *([f"{known:,} of {len(records):,} records known"] if known else []),
+        *([f"{known:,} of {count:,} records known"] if known else []),
     ]
     return Reuse(prefix, f"{', '.join(told)}.\nExpected to {_weighed(saved, cost)}.", every)
 
 
-def _needed(count: int, job: Job, schedule: Schedule, start: int, stop: int) -> list[int]:
+def _needed(count: int, job: Job, schedule: Schedule, start: int, stop: int) -> np.ndarray:
     """Indices of the training records of steps `start` … `stop`-1, in the order in which they come first."""
-    size = job.train.global_batch_size
-    found: dict[int, None] = {}
-    order: list[int] = []
-    for step in range(start, stop):
-        epoch, within = divmod(step, schedule.steps_per_epoch)
-        if within == 0 or not order:
-            if len(found) == count:
-                break
-            order = epoch_order(count, job.seed, epoch)
-        found.update(dict.fromkeys(order[within * size : (within + 1) * size]))
-    return list(found)
+    size, found, known = job.train.global_batch_size, [np.empty(0, np.int64)], np.zeros(count, np.bool_)
+    while start < stop and not known.all():
+        epoch, within = divmod(start, schedule.steps_per_epoch)
+        until = min(stop, (epoch + 1) * schedule.steps_per_epoch)
+        order = np.array(epoch_order(count, job.seed, epoch), np.int64)[within * size :][: (until - start) * size]
+        found.append(order[~known[order]])
+        known[order], start = True, until
+    return np.concatenate(found)
 
 
 def _nothing_below(plan: FreezePlan) -> str:
@@ -167,8 +166,21 @@ def _root(job: Job) -> Path:
     return (job.frozen.cache_dir or default_cache_dir()).expanduser()
 
 
-def _bytes_of(samples: list[Sample], row: int) -> int:
-    return row * sum(len(sample.tokens) - 1 for sample in samples)
+def _sizes(records: Sequence[Sample], row: int, store: ActivationStore) -> tuple[int, int, int, int]:
+    """Bytes that keeping `records` takes, and of those that the store lacks; how many records that is, each once, and
+    how many it lacks."""
+    seen: set[bytes] = set()
+    every = lacks = missing = 0
+    for record in records:
+        if record.digest in seen:
+            continue
+        seen.add(record.digest)
+        size = row * (len(record.tokens) - 1)
+        every += size
+        if record.digest not in store:
+            lacks += size
+            missing += 1
+    return every, lacks, len(seen), missing
 
 
 def _seconds(

@@ -31,7 +31,7 @@ from litfreeze.train.loggers import PATIENCE
 from litfreeze.train.loop import fit
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.outcome import Outcome
-from litfreeze.train.prepare import Prepared, prepare
+from litfreeze.train.prepare import Prepared, check, prepare, read_once
 from litfreeze.train.report import Report
 from litfreeze.train.saving import LEAVING, Saving
 from litfreeze.train.stage import make_ready
@@ -41,7 +41,8 @@ from litfreeze.train.watch import Watch
 def run(fabric: Fabric, job: Job) -> Result:
     """The run, on one of `fabric`'s processes. Raises UsageError before training starts, RunError after, Interrupted if
     a signal ended it."""
-    prepared = together(fabric, prepare, fabric, job)
+    together(fabric, check, fabric, job)  # before one of them reads for the others
+    prepared = together(fabric, prepare, fabric, job, partial(read_once, fabric))
     if fabric.broadcast(sorted(job.plan.trained)) != sorted(job.plan.trained):  # each may have ranked the blocks
         raise RunError("The processes came to different layers. Take the ids that litfreeze rank tells.")
     out_dir = on_first(fabric, claim, job.out_dir, job.method)

@@ -10,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from litfreeze.data.samples import Samples
+from litfreeze.data.split import Samples
 from litfreeze.errors import UsageError
 from litfreeze.freeze.thaw import Stage
 from litfreeze.launch import Sharded

@@ -18,10 +18,11 @@ from stops import ctrl_c_in_step
 from transformers import AutoModelForCausalLM
 
 from litfreeze.checkpoint.directory import open_checkpoint
-from litfreeze.checkpoint.hub import is_hub_name, origin
+from litfreeze.checkpoint.hub import origin
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.generate.base import setup as generate
+from litfreeze.hub import is_hub_name
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 FEW = TrainArgs(lr=1e-3, max_steps=2, global_batch_size=4)

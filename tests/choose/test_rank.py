@@ -18,7 +18,7 @@ from litfreeze.checkpoint.directory import InMemory, open_checkpoint
 from litfreeze.choose.rank import Ranking, _beaten, rank, signal_to_noise, singular_values
 from litfreeze.choose.words import METHODS, NEED_DATA
 from litfreeze.data.batches import build_batch
-from litfreeze.data.samples import IGNORE, Sample
+from litfreeze.data.shelf import IGNORE, Sample
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.plan import block_of

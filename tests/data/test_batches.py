@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from litfreeze.attention import Dense, Packed
 from litfreeze.data.batches import SHARED, build_batch, epoch_order, step_indices, steps_per_epoch, val_indices
-from litfreeze.data.samples import IGNORE, Sample
+from litfreeze.data.shelf import IGNORE, Sample
 
 SIZE = st.integers(1, 7)
 WAYS = [(False, False), (True, False), (True, True)]  # packed, share
@@ -70,8 +70,8 @@ def test_one_process_takes_the_order_as_it_is():
     order = epoch_order(10, seed=5, epoch=2)
     expected = list(range(10))
     random.Random(7).shuffle(expected)
-    assert order == expected
-    assert step_indices(order, 1, 4, 3) == [order[4:7], order[7:8]]
+    assert list(order) == expected
+    assert step_indices(order, 1, 4, 3) == [expected[4:7], expected[7:8]]
 
 
 def test_validation_pads_little():

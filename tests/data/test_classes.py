@@ -23,7 +23,7 @@ from litfreeze.data.classes import (
     sort_labels,
     tokenise,
 )
-from litfreeze.data.samples import IGNORE
+from litfreeze.data.shelf import IGNORE
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE
 from litfreeze.errors import UsageError
 from litfreeze.tokenizer import Tokenizer
@@ -105,9 +105,9 @@ def test_every_class_keeps_a_record_to_learn_from(tmp_path, records, seed, fract
 
 @given(st.lists(words, min_size=1, max_size=8), st.integers(1, 6))
 def test_a_sample_is_the_text_and_behind_it_the_class(texts, length):
-    for text, (tokens, cut) in zip(texts, tokenise(texts, TOKENIZER, length, None), strict=True):
+    for text, (tokens, count) in zip(texts, tokenise(texts, TOKENIZER, length, None), strict=True):
         whole = TOKENIZER.encode(text, special_tokens=True)
-        assert tokens == whole[:length] and cut == (len(whole) > length)
+        assert tokens == whole[:length] and count == len(whole)
         sample = as_sample(tokens, 5, "here:1")
         assert sample.tokens[:-1].tolist() == tokens and sample.labels.tolist() == [IGNORE] * len(tokens) + [5]
         assert sample.prompt_tokens.tolist() == tokens

@@ -121,7 +121,7 @@ def test_lines_that_are_no_records_are_problems_of_their_own(tmp_path):
         ("a.txt", "text".encode("utf-16"), "UTF-8"),
         ("a.txt", b"PK\x03\x04\n\0\0", r"a\.txt:2 .*zero byte"),
         ("a.csv", b'prompt,completion\nx,y\n"never closed,z\n', r"a\.csv:3 .*CSV"),
-        ("a.parquet", b"PAR1", r"a\.parquet .*\.jsonl"),
+        ("a.orc", b"ORC", r"a\.orc is no known kind .*\.jsonl"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, name, content, told):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from litfreeze.data.args import DataArgs
 from litfreeze.data.prompt import Prompt
-from litfreeze.data.samples import IGNORE, load_samples
+from litfreeze.data.samples import load_samples
+from litfreeze.data.shelf import IGNORE
 from litfreeze.errors import UsageError
 
 PAIRS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(20)]
@@ -201,6 +202,15 @@ def test_validation_from_a_file_of_its_own(load, tmp_path):
     assert (len(samples.train), len(samples.val)) == (20, 1)
     assert (samples.val_counts.read, samples.val_counts.empty) == (2, 1)
     assert "validation: 2 records, 1 empty" in samples.describe()
+
+
+def test_a_large_file_that_is_read_as_a_whole_is_told(make_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("litfreeze.data.samples.LARGE", 100)
+    tokenizer = make_tokenizer()
+    for name, text in (("a.json", json.dumps(PAIRS)), ("a.jsonl", "\n".join(map(json.dumps, PAIRS)))):
+        (tmp_path / name).write_text(text)
+        told = load_samples(DataArgs(path=tmp_path / name), tokenizer, Prompt("plain", tokenizer), 64).describe()
+        assert ("a.json, 0.0 MB, is read as a whole" in told) == (name == "a.json")
 
 
 def test_a_fraction_of_zero_keeps_everything_for_training(load):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from litfreeze.attention import Dense
 from litfreeze.config import Config
 from litfreeze.data.batches import build_batch
-from litfreeze.data.samples import Sample
+from litfreeze.data.shelf import Sample
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import estimate_memory

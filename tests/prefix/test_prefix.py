@@ -11,7 +11,7 @@ from litfreeze.attention import Dense
 from litfreeze.checkpoint.tensors import sha256
 from litfreeze.config import Config
 from litfreeze.data.batches import build_batch
-from litfreeze.data.samples import Sample
+from litfreeze.data.shelf import Sample
 from litfreeze.model import GPT
 from litfreeze.precision import PRECISIONS
 from litfreeze.prefix import prefix as prefix_module

@@ -29,7 +29,7 @@ from torch import nn
 from litfreeze.config import Config
 from litfreeze.data.args import DataArgs
 from litfreeze.data.batches import build_batch
-from litfreeze.data.samples import IGNORE, Sample
+from litfreeze.data.shelf import IGNORE, Sample
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import FrozenArgs, ThawArgs

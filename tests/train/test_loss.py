@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from litfreeze.config import Config
 from litfreeze.data.batches import build_batch
-from litfreeze.data.samples import IGNORE, Sample
+from litfreeze.data.shelf import IGNORE, Sample
 from litfreeze.generate.sample import generate_tokens
 from litfreeze.lora import LoRA, add_lora
 from litfreeze.model import GPT

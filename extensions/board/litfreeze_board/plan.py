@@ -16,8 +16,7 @@ from litfreeze.choose.rank import Ranking
 from litfreeze.choose.words import check_words, has_ranks, put_ids
 from litfreeze.cli import parse
 from litfreeze.data.prompt import Prompt
-from litfreeze.data.records import data_files
-from litfreeze.data.samples import Samples
+from litfreeze.data.split import Samples, files_behind
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
 from litfreeze.finetune.setting import open_base, ranking, settled
@@ -116,8 +115,7 @@ def _model(opened: Checkpoint) -> dict[str, Any]:
 
 def _samples(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> Samples:
     """The samples of `job`, which are read again only if something that they are made of is another."""
-    files = [file for path in (job.data.path, job.data.val_path) if path is not None for file in data_files(path)]
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files_behind(job.data)]
     checkpoint = job.checkpoint
     made_of = repr((facts, job.data, prompt, checkpoint.tokenizer_dir, checkpoint.config, job.eval.max_samples))
     if made_of not in _read:
