@@ -17,7 +17,7 @@ LINES = [line for fence in FENCES for line in fence.splitlines() if line.startsw
 
 @pytest.mark.parametrize("line", LINES)
 def test_every_command_parses(line):
-    parse(shlex.split(line)[1:], COMMANDS)
+    parse(shlex.split(line, comments=True)[1:], COMMANDS)
 
 
 def test_there_are_such_lines():
