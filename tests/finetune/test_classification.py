@@ -297,7 +297,7 @@ def test_mistakes_are_told_before_anything_is_written(shared_run, monkeypatch, c
         ),
         ("classify --checkpoint_dir run/final --data two.jsonl --top 2", "--top is for --text"),
         ("classify --checkpoint_dir run/final --data two.jsonl --data.max_seq_length 1", "at least 2 tokens"),
-        ("classify --checkpoint_dir run/final --data two.jsonl --data.max_seq_length 513", "has 512 positions"),
+        ("classify --checkpoint_dir run/final --data two.jsonl --data.max_seq_length 513", "the 512 positions"),
     ],
 )
 def test_mistakes_elsewhere(shared_run, monkeypatch, capsys, words, told):
