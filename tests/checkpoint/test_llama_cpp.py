@@ -283,7 +283,7 @@ GEMMA = os.environ.get("GEMMA_GGUF")
 
 @pytest.mark.skipif(not GEMMA, reason="GEMMA_GGUF names no file of a real Gemma, whose terms are to be agreed to first")
 def test_a_real_gemma_answers_as_ours(tmp_path):
-    """Its own file, and what we make of it in F32: the same tokens and answers. Log-probabilities differ by what a table
+    """Its file, and what we make of it in F32: the same tokens and answers. Log-probabilities differ by what a table
     of GELU in float16 makes of 18 blocks: 0.013 behind 5 tokens, 0.16 behind 586 (Gemma 3, 270M). Ours are those of
     transformers to the bit, and in float64 they move by 3e-5."""
     from_gguf(Path(GEMMA), tmp_path / "model")
