@@ -34,7 +34,8 @@ PLANS = {name: [word.replace("freeze:", "freeze ") for word in words.split()] fo
 
 
 # Pairs beside those that CI tries: pytest tests/distributed -m matrix
-FSDP1 = pytest.param("fsdp1", marks=pytest.mark.matrix)
+MATRIX = pytest.mark.matrix
+DDP, FSDP1 = (pytest.param(strategy, marks=MATRIX) for strategy in ("ddp", "fsdp1"))
 
 
 def command(*words: object) -> list[str]:
@@ -74,8 +75,17 @@ def alone(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp1"])
-@pytest.mark.parametrize("plan", PLANS)
+IN_CI = {"ddp": ("selective", "unfreezing"), "fsdp": tuple(PLANS), "fsdp1": ("full", "selective")}
+
+
+@pytest.mark.parametrize(
+    ("plan", "strategy"),
+    [
+        pytest.param(plan, strategy, marks=() if plan in tried else MATRIX)
+        for strategy, tried in IN_CI.items()
+        for plan in PLANS
+    ],
+)
 def test_the_same_losses_and_the_same_weights(tmp_path, alone, plan, strategy):
     out = tmp_path / "two"
     done = run(command(*PLANS[plan], *STEPS, "--devices", 2, "--strategy", strategy, "--out_dir", out))
@@ -96,7 +106,9 @@ def test_the_same_losses_and_the_same_weights(tmp_path, alone, plan, strategy):
         assert confusions[0] == confusions[1] and sum(map(sum, confusions[0])) == 9
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bf16-mixed", marks=pytest.mark.matrix), "bf16-true", "16-mixed"])
+@pytest.mark.parametrize(
+    "precision", [*(pytest.param(p, marks=MATRIX) for p in ("bf16-mixed", "bf16-true")), "16-mixed"]
+)
 def test_other_precisions(tmp_path, precision):
     """Two processes add up in another order than one, which 16 bits round."""
     losses = {}
@@ -108,7 +120,7 @@ def test_other_precisions(tmp_path, precision):
     assert all(found == pytest.approx(losses["auto"], rel=2e-2) for found in losses.values())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", FSDP1])
+@pytest.mark.parametrize("strategy", [DDP, "fsdp", FSDP1])
 def test_activations_computed_again(tmp_path, alone, strategy):
     words = [*PLANS["unfreezing"], *STEPS, "--train.activation_checkpointing", "--devices", 2, "--strategy", strategy]
     done = run(command(*words, "--out_dir", tmp_path / "two"))
@@ -116,7 +128,7 @@ def test_activations_computed_again(tmp_path, alone, strategy):
     agree(tmp_path / "two", alone("unfreezing"))
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.matrix), "fsdp", FSDP1])
+@pytest.mark.parametrize("strategy", [DDP, "fsdp", FSDP1])
 def test_new_blocks(tmp_path, strategy):
     good = run([sys.executable, "-m", "litfreeze", "expand", "--new_blocks", "2", "--out_dir", tmp_path / "deeper"])
     assert good.returncode == 0, good.stderr
@@ -136,9 +148,9 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no
     [
         ("selective", "fsdp", "--shard_frozen"),
         ("lora", "fsdp", "--shard_frozen"),
-        pytest.param("selective", "ddp", "--compile", marks=[needs_compiler, pytest.mark.matrix]),
-        pytest.param("selective", "fsdp", "--compile", marks=needs_compiler),
-        pytest.param("selective", "fsdp1", "--compile", marks=[needs_compiler, pytest.mark.matrix]),
+        pytest.param("selective", "ddp", "--compile", marks=[needs_compiler, MATRIX]),
+        pytest.param("selective", "fsdp", "--compile", marks=[needs_compiler, MATRIX]),
+        pytest.param("selective", "fsdp1", "--compile", marks=[needs_compiler, MATRIX]),
     ],
 )
 def test_frozen_weights_may_lie_on_both_and_blocks_be_compiled(tmp_path, alone, plan, strategy, more):
@@ -173,7 +185,7 @@ def test_what_does_not_go_together_is_told(tmp_path, words, told):
         (("2", "fsdp"), ("1", "auto")),
         (("1", "auto"), ("2", "fsdp")),
         (("2", "ddp"), ("2", "fsdp1")),
-        pytest.param(("2", "fsdp1"), ("2", "fsdp"), marks=pytest.mark.matrix),
+        pytest.param(("2", "fsdp1"), ("2", "fsdp"), marks=MATRIX),
     ],
 )
 def test_a_run_goes_on_with_other_processes_than_it_began_with(tmp_path, alone, first, then):
@@ -197,8 +209,10 @@ def stopped(words: list[object], number: str, step: int, rank: int) -> subproces
     return run([sys.executable, str(script), "finetune", *map(str, words)], env={**os.environ, **told})
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", FSDP1])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "strategy"),
+    [(0, "ddp"), (1, "fsdp"), *(pytest.param(*pair, marks=MATRIX) for pair in [(1, "ddp"), (0, "fsdp"), (1, "fsdp1")])],
+)
 def test_when_one_is_lost_the_others_stop_and_say_so(tmp_path, alone, rank, strategy):
     out = tmp_path / "run"
     words = [*PLANS["selective"], *STEPS, "--devices", 2, "--strategy", strategy, "--out_dir", out]

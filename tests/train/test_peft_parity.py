@@ -21,7 +21,7 @@ from litfreeze.train.args import EvalArgs, TrainArgs
 RECORDS, EPOCHS, BATCH, LR, SEED = 32, 3, 4, 1e-3, 7
 
 
-KINDS = [{}, pytest.param({"use_rslora": True}, marks=pytest.mark.matrix), {"use_dora": True}]
+KINDS = [{}, *(pytest.param({kind: True}, marks=pytest.mark.matrix) for kind in ("use_rslora", "use_dora"))]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["LoRA", "rsLoRA", "DoRA"])

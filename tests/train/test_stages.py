@@ -138,8 +138,20 @@ def check_twin(tmp_path, monkeypatch, script, at: int, cache: str = "disk", fuse
 
 
 # Points to go on from are kept after steps 5 and 10, at which blocks thaw and freeze, or in between
-@pytest.mark.parametrize(("interval", "at", "cache"), [(5, 9, "disk"), (5, 12, "ram"), (4, 15, "ram")])
-@pytest.mark.parametrize("script", [finetune_full, finetune_lora])
+MATRIX = pytest.mark.matrix  # more of the same
+
+
+@pytest.mark.parametrize(
+    ("script", "interval", "at", "cache"),
+    [
+        (finetune_full, 5, 9, "disk"),
+        (finetune_lora, 5, 12, "ram"),
+        (finetune_full, 4, 15, "ram"),
+        pytest.param(finetune_lora, 5, 9, "disk", marks=MATRIX),
+        pytest.param(finetune_full, 5, 12, "ram", marks=MATRIX),
+        pytest.param(finetune_lora, 4, 15, "ram", marks=MATRIX),
+    ],
+)
 def test_a_resumed_run_is_its_twin_to_the_bit(tmp_path, data, monkeypatch, script, interval, at, cache):
     more = {} if script is finetune_full else {"lora_dropout": 0.3}
     check_twin(
@@ -149,7 +161,7 @@ def test_a_resumed_run_is_its_twin_to_the_bit(tmp_path, data, monkeypatch, scrip
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=MATRIX)])
 def test_so_it_is_with_lisa_and_every_optimizer(tmp_path, data, monkeypatch, optimizer, fused):
     check_twin(
         tmp_path, monkeypatch, finetune_full, 12, fused=fused, data=data, eval=EVAL,
