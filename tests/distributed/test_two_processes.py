@@ -75,7 +75,7 @@ def alone(tmp_path_factory):
     return of
 
 
-IN_CI = {"ddp": ("selective", "unfreezing"), "fsdp": tuple(PLANS), "fsdp1": ("full", "selective")}
+IN_CI = {"ddp": ("selective", "unfreezing"), "fsdp": tuple(PLANS), "fsdp1": ("selective",)}
 
 
 @pytest.mark.parametrize(
