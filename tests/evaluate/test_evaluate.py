@@ -14,7 +14,7 @@ from litfreeze.__main__ import main
 from litfreeze.checkpoint.directory import open_checkpoint
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE, VAL_FILE
-from litfreeze.evaluate.base import setup as evaluate
+from litfreeze.evaluate.evaluate import setup as evaluate
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.generate.base import setup as generate

@@ -18,7 +18,7 @@ from litfreeze.__main__ import main
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import RunError
-from litfreeze.evaluate.base import setup as evaluate
+from litfreeze.evaluate.evaluate import setup as evaluate
 from litfreeze.evaluate.harness import Ours
 from litfreeze.scripts.convert import to_hf
 

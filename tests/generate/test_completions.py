@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litfreeze.generate.completions import LABELS, READ, REFUSED, Asked, Refused, read_request
+from litfreeze.serve.completions import LABELS, READ, REFUSED, Asked, Refused, read_request
 
 ASKED = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
 JSON = st.recursive(

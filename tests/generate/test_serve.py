@@ -23,7 +23,7 @@ from litfreeze.__main__ import main
 from litfreeze.demo import MODEL_DIR
 from litfreeze.generate.answer import open_answerers
 from litfreeze.generate.base import setup as generate
-from litfreeze.generate.completions import Refused
+from litfreeze.serve.completions import Refused
 
 pytest.importorskip("litserve", reason="pip install 'litfreeze[serve]'")
 openai = pytest.importorskip("openai")
@@ -315,7 +315,7 @@ def test_what_is_wrong_is_told_before_anything_starts(words, told, capsys):
 
 def test_without_litserve_it_is_told_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "litserve", None)
-    monkeypatch.delitem(sys.modules, "litfreeze.generate.server", raising=False)
+    monkeypatch.delitem(sys.modules, "litfreeze.serve.worker", raising=False)
     assert main(["serve"]) == 2
     assert "pip install 'litfreeze[serve]'" in capsys.readouterr().err
 
@@ -338,7 +338,7 @@ def test_without_litserve_it_is_told_what_to_install(capsys, monkeypatch):
 def test_other_sites_are_refused(headers, key, passes):
     from starlette.requests import Request
 
-    from litfreeze.generate.server import Answers
+    from litfreeze.serve.worker import Answers
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     asked = Answers(None, ["base"], key).authorize(Request({"type": "http", "headers": raw}))

@@ -52,7 +52,8 @@ def setup(
             f"--host {host} lets other machines in: set an --api_key, or LITFREEZE_API_KEY in the environment."
         )
     try:
-        from litfreeze.generate.server import Answers, Served, Server
+        from litfreeze.serve.processes import Server
+        from litfreeze.serve.worker import Answers, Served
     except ImportError as error:
         if error.name != "litserve":
             raise
