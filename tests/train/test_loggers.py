@@ -56,6 +56,7 @@ def interrupted_then_resumed(out_dir: Path, records: Path, **options):
     """A run that is left in step 6, so that it goes on behind step 4 and makes step 5 again."""
     with ctrl_c_in_step(6), pytest.raises(KeyboardInterrupt):
         run(out_dir, records, **options)
+    time.sleep(1)  # TensorBoard reads its files in the order of the seconds in their names
     return finetune_full(resume=out_dir)
 
 
