@@ -72,6 +72,7 @@ def main() -> None:
             words += f"--precision {args.precision} --accelerator cpu --train.max_steps {STEPS} --cache off".split()
             words += f"--train.global_batch_size {BATCH} --train.micro_batch_size {BATCH} --train.lr 1e-5".split()
             words += ["--eval.max_new_tokens", "1", "--data.prompt_style", "plain", "--train.watch_interval", "0"]
+            words += ["--train.save_in_background", "false"]  # which copies what trains, where memory is free for it
             run = [sys.executable, __file__, "--measure", *words]
             done = subprocess.run(run, capture_output=True, text=True, check=False)
             if done.returncode:

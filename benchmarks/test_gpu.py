@@ -18,6 +18,7 @@ def run(*words):
     return done, lines
 
 
+@pytest.mark.matrix  # over a minute
 @pytest.mark.skipif(not shutil.which("g++"), reason="one row is compiled, and there is no C++ compiler")
 def test_every_row_is_in_the_table():
     done, (headings, _, *lines) = run()

@@ -317,7 +317,12 @@ TOGETHER = {
 }
 
 
-@pytest.mark.parametrize("plan", TOGETHER)
+IN_CI = ("selective", "full", "text", "LoRA", "thawing to the bottom", "LISA", "LoRA and full")
+
+
+@pytest.mark.parametrize(
+    "plan", [pytest.param(plan, marks=() if plan in IN_CI else pytest.mark.matrix) for plan in TOGETHER]
+)
 def test_all_savings_together_change_nothing(run, base, plan):
     model, words = TOGETHER[plan]
     words = {"checkpoint_dir": base(model), **words}

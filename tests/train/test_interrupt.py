@@ -110,8 +110,19 @@ def test_from_the_command_line(tmp_path, number, code):
 # --- what is damaged, and who else is there ---
 
 
-@pytest.mark.parametrize("file", ["state.safetensors", "resume.json"])
-@pytest.mark.parametrize("how", ["flipped", "cut short", "emptied", "gone"])
+MATRIX = pytest.mark.matrix  # more of the same
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        ("state.safetensors", "flipped"),
+        ("resume.json", "cut short"),
+        ("state.safetensors", "gone"),
+        *(pytest.param("state.safetensors", how, marks=MATRIX) for how in ("cut short", "emptied")),
+        *(pytest.param("resume.json", how, marks=MATRIX) for how in ("flipped", "emptied", "gone")),
+    ],
+)
 def test_a_damaged_point_is_passed_over_and_told(tmp_path, records, monkeypatch, capsys, file, how):  # noqa: F811
     script, own = METHODS["lora"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
