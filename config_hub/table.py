@@ -13,7 +13,7 @@ from litfreeze.cli import parse
 from litfreeze.config import Config
 from litfreeze.finetune.adapter import begin
 from litfreeze.freeze.layers import spread
-from litfreeze.freeze.memory import Memory, estimate_memory
+from litfreeze.freeze.memory import Memory, Thrift, estimate_memory
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.savings import Rows, Speed, Work, work
 from litfreeze.freeze.words import plan_from_words
@@ -64,7 +64,8 @@ def costs(recipe: Path) -> tuple[FreezePlan, Memory, Work]:
     plan, options = plan_of(recipe)
     length = options.data.max_seq_length
     tokens = options.train.micro_batch_size * length
-    memory = estimate_memory(plan, PRECISIONS["bf16-mixed"], lambda _: torch.bfloat16, tokens, tokens)
+    thrift = Thrift(accumulate=options.train.global_batch_size > options.train.micro_batch_size)
+    memory = estimate_memory(plan, PRECISIONS["bf16-mixed"], lambda _: torch.bfloat16, tokens, tokens, thrift)
     return plan, memory, work(plan, Rows.full(RECORDS, length))
 
 

@@ -13,11 +13,12 @@ from litfreeze.precision import Precision
 from litfreeze.sizes import megabytes
 
 LOGITS = 64 * 1024**2  # bytes of fp32 logits that the loss makes at once
+SLICE = 6 * 1024**2  # bytes of the head that a processor's cache holds: the loss takes it by such slices
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by kind."""
+    """Bytes by kind, at the moment when they are the most."""
 
     weights: int
     gradients: int
@@ -40,12 +41,15 @@ class Thrift:
             beside one other.
         quantize: What frozen weights are kept in where they can be.
         recompute: A block's activations exist while backward is in it, and before only what enters it.
+        accumulate: A step has more than one micro-batch: gradients of the last one are there while the next one runs.
+            Of one alone they come as its activations go.
     """
 
     optimizer: str = "adamw"
     fused_backward: bool = False
     quantize: Optional[str] = None
     recompute: bool = False
+    accumulate: bool = True
 
 
 def estimate_memory(
@@ -60,8 +64,9 @@ def estimate_memory(
     has the dtype `stored(name)` in its checkpoint.
 
     Activations are what autograd keeps: nothing below the lowest trained block, the input of a linear layer only where
-    its weight trains, the logits of `logit_rows` targets at a time, and under mixed precision the masters' copies in
-    less. An adapter adds its input (and under dropout a copy of its own), what lies between A and B and, for DoRA,
+    its weight trains, the logits of `logit_rows` targets at a time (through a frozen head, a slice of them), and under
+    mixed precision the masters' copies in less. The head's gradient is made with the loss, beside the one that is
+    there. An adapter adds its input (and under dropout a copy of its own), what lies between A and B and, for DoRA,
     what its magnitudes scale."""
     trained = plan.n_trained
     sizes = sorted(plan.sizes[name] for name in plan.trained)
@@ -71,16 +76,28 @@ def estimate_memory(
     each = [_per_token(plan, precision, i) for i in range(max(plan.lowest, 0), plan.n_layer)]
     entering = len(each) * plan.config.n_embd * precision.stream.itemsize
     activations = batch_tokens * (entering + max(each, default=0) if thrift.recompute else sum(each))
-    vocabulary = plan.config.n_outputs
+    at_once = plan.config.n_outputs
+    head = "embed.weight" if plan.config.tie_embeddings else "head.weight"
+    heads = plan.sizes[head] if head in plan.trained else 0
+    if not heads and not (plan.lora and "head" in plan.lora.ranks) and plan.config.final_softcap is None:
+        at_once = min(at_once, SLICE // (plan.config.n_embd * precision.compute.itemsize))
     wide = 4 + precision.compute.itemsize * (precision.compute != torch.float32)  # fp32, and as the head gives them
     activations += trained * precision.compute.itemsize * (precision.compute != precision.trained)
-    return Memory(
+    memory = Memory(
         weights=sum({**kept, **packed}.values()),
-        gradients=gradients * precision.trained.itemsize,
+        gradients=(gradients + heads * (not thrift.fused_backward)) * precision.trained.itemsize,
         optimizer=state_bytes(plan, thrift.optimizer, precision.trained),
         activations=activations,
-        logits=min(target_tokens, logit_rows(vocabulary)) * vocabulary * wide,
+        logits=min(target_tokens, logit_rows(at_once)) * at_once * wide,
     )
+    if thrift.accumulate or thrift.fused_backward:
+        return memory
+    begins = replace(memory, gradients=heads * precision.trained.itemsize)
+    left = batch_tokens * max(each, default=0) * thrift.recompute
+    # A tied head's gradient and the embedding's are added in the end
+    twice = gradients + heads * plan.config.tie_embeddings
+    ends = replace(memory, gradients=twice * precision.trained.itemsize, activations=left, logits=0)
+    return max(begins, ends, key=lambda moment: moment.total)
 
 
 def logit_rows(vocabulary: int) -> int:

@@ -90,8 +90,11 @@ def setup(
     kept = PRECISIONS[precision or default_precision("auto")]
     tokens = micro_batch_size * max_seq_length
     print(f"{base.path}\n{plan.summary()}\n\n{plan.table()}\n")
-    thrift = Thrift(optimizer, fused_backward, freeze_quantize, activation_checkpointing)
-    print(f"Memory, estimated for {kept.name}, {optimizer} and {tokens:,} tokens in a micro-batch, all with a loss:")
+    several = micro_batch_size < TrainArgs.global_batch_size
+    thrift = Thrift(optimizer, fused_backward, freeze_quantize, activation_checkpointing, several)
+    print(
+        f"Memory at its peak, estimated for {kept.name}, {optimizer}, micro-batches of {tokens:,} tokens, all learned:"
+    )
     print(f"{describe_memory(plan, kept, base.dtype, tokens, tokens, thrift)}\n")
     rows = Rows.full(RECORDS, max_seq_length)
     size = rows.tokens * plan.config.n_embd * kept.stream.itemsize if plan.lowest > 0 else None

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litfreeze.data.shelf import IGNORE
-from litfreeze.freeze.memory import logit_rows
+from litfreeze.freeze.memory import SLICE, logit_rows
 
-SLICE = 6 * 1024**2  # bytes of the head that a processor's cache holds
 WHOLE = 8  # on whole 8s of rows, products are up to twice as fast as on a few less or more
 
 

@@ -68,7 +68,8 @@ class Report:
                 "",
                 self.job.plan.table(self.job.train.lr),
                 "",
-                f"Memory, estimated for micro-batches of {self.job.train.micro_batch_size} (up to {tokens:,} tokens):",
+                "Memory at its peak, estimated for "
+                f"micro-batches of {self.job.train.micro_batch_size} (up to {tokens:,} tokens):",
                 describe_memory(
                     self.hungriest(tokens, targets),
                     self.job.precision,
@@ -80,6 +81,7 @@ class Report:
                         self.job.frozen.fused_backward,
                         self.job.frozen.freeze_quantize,
                         self.job.train.activation_checkpointing,
+                        self.job.train.global_batch_size > self.job.train.micro_batch_size,
                     ),
                 ),
                 "",

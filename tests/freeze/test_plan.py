@@ -12,7 +12,7 @@ from litfreeze.data.batches import build_batch
 from litfreeze.data.shelf import Sample
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.layers import format_layers
-from litfreeze.freeze.memory import estimate_memory
+from litfreeze.freeze.memory import Thrift, estimate_memory
 from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.freeze.words import adapter_targets, plan_from_words, weights_in_full
 from litfreeze.lora import LoRA, add_lora
@@ -169,6 +169,18 @@ def test_memory_of_a_plan_follows_what_trains():
     assert small.activations < large.activations and small.total < large.total
     first = estimate_memory(plan_from_words(TIED, "0"), mixed, stored_in_fp32, 1024, 1024)
     assert first.activations > small.activations  # backward has to reach the bottom
+
+
+def test_gradients_of_one_micro_batch_come_as_its_activations_go():
+    two, one = plan_from_words(TIED, "10,11"), Thrift(accumulate=False)
+    fp32 = PRECISIONS["32-true"]
+    both, many = (estimate_memory(two, fp32, stored_in_fp32, 4096, 4096, thrift) for thrift in (Thrift(), one))
+    few = estimate_memory(two, fp32, stored_in_fp32, 8, 8, one)
+    assert (many.gradients, many.activations, many.logits) == (0, both.activations, both.logits)
+    assert (few.gradients, few.activations, few.logits) == (4 * two.n_trained, 0, 0)
+    head = plan_from_words(TIED, "all", trainable_extra="embed")  # its gradient is made before all others
+    begins = estimate_memory(head, fp32, stored_in_fp32, 4096, 4096, one)
+    assert begins.gradients == 4 * head.sizes["embed.weight"] and begins.activations > 0
 
 
 def adapter_plan(layers, targets="all", full=None, **more) -> FreezePlan:

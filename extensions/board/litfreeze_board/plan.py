@@ -5,7 +5,7 @@ These functions run in the helper process (helper.py), and return what JSON can 
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Optional
 
 import torch
@@ -168,8 +168,9 @@ def _memory(report: Report) -> dict[str, Any]:
         job.frozen.fused_backward,
         job.frozen.freeze_quantize,
         job.train.activation_checkpointing,
+        job.train.global_batch_size > job.train.micro_batch_size,
     )
-    whole = Thrift(thrift.optimizer, thrift.fused_backward, None, thrift.recompute)
+    whole = replace(thrift, quantize=None)
     return {
         "tokens": tokens,
         "plan": asdict(estimate_memory(report.hungriest(tokens, targets), *given, thrift)),
