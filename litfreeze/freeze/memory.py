@@ -1,6 +1,6 @@
 """How much memory a plan needs: weights, gradients, optimizer state, activations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -68,41 +68,76 @@ def estimate_memory(
     mixed precision the masters' copies in less. The head's gradient is made with the loss, beside the one that is
     there. An adapter adds its input (and under dropout a copy of its own), what lies between A and B and, for DoRA,
     what its magnitudes scale."""
-    trained = plan.n_trained
     sizes = sorted(plan.sizes[name] for name in plan.trained)
-    gradients = sum(sizes[-2:] if thrift.fused_backward else sizes)
+    head = "embed.weight" if plan.config.tie_embeddings else "head.weight"
+    of_head = plan.sizes[head] if head in plan.trained else 0
+    alive, left = _activations(plan, precision, batch_tokens, thrift.recompute)
     packed = quantised_bytes(plan, thrift.quantize) if thrift.quantize else {}
     kept = {name: n * precision.kept(name in plan.trained, stored(name)).itemsize for name, n in plan.sizes.items()}
-    each = [_per_token(plan, precision, i) for i in range(max(plan.lowest, 0), plan.n_layer)]
-    entering = len(each) * plan.config.n_embd * precision.stream.itemsize
-    activations = batch_tokens * (entering + max(each, default=0) if thrift.recompute else sum(each))
-    at_once = plan.config.n_outputs
-    head = "embed.weight" if plan.config.tie_embeddings else "head.weight"
-    heads = plan.sizes[head] if head in plan.trained else 0
-    if not heads and not (plan.lora and "head" in plan.lora.ranks) and plan.config.final_softcap is None:
-        at_once = min(at_once, SLICE // (plan.config.n_embd * precision.compute.itemsize))
-    wide = 4 + precision.compute.itemsize * (precision.compute != torch.float32)  # fp32, and as the head gives them
-    activations += trained * precision.compute.itemsize * (precision.compute != precision.trained)
-    memory = Memory(
-        weights=sum({**kept, **packed}.values()),
-        gradients=(gradients + heads * (not thrift.fused_backward)) * precision.trained.itemsize,
-        optimizer=state_bytes(plan, thrift.optimizer, precision.trained),
-        activations=activations,
-        logits=min(target_tokens, logit_rows(at_once)) * at_once * wide,
+
+    def moment(gradients: int, activations: int, logits: int) -> Memory:
+        return Memory(
+            weights=sum({**kept, **packed}.values()),
+            gradients=gradients * precision.trained.itemsize,
+            optimizer=state_bytes(plan, thrift.optimizer, precision.trained),
+            activations=activations,
+            logits=logits,
+        )
+
+    logits = _logits(plan, precision, target_tokens)
+    if thrift.fused_backward:
+        return moment(sum(sizes[-2:]), alive, logits)
+    if thrift.accumulate:
+        return moment(sum(sizes) + of_head, alive, logits)
+    begins = moment(of_head, alive, logits)
+    ends = moment(sum(sizes) + of_head * plan.config.tie_embeddings, left, 0)  # a tied one's two are added in the end
+    return max(begins, ends, key=lambda memory: memory.total)
+
+
+def beside_everything(
+    plans: Iterable[FreezePlan],
+    precision: Precision,
+    stored: Callable[[str], torch.dtype],
+    batch_tokens: int,
+    target_tokens: int,
+    thrift: Thrift = Thrift(),
+) -> tuple[Memory, Memory]:
+    """What the hungriest of `plans`, which are of one model, needs, and what training everything would. The rest is
+    `estimate_memory`'s."""
+    plans = list(plans)
+    given = (precision, stored, batch_tokens, target_tokens)
+    everything = FreezePlan.everything(plans[0].config)
+    return (
+        max((estimate_memory(plan, *given, thrift) for plan in plans), key=lambda memory: memory.total),
+        estimate_memory(everything, *given, replace(thrift, quantize=None)),
     )
-    if thrift.accumulate or thrift.fused_backward:
-        return memory
-    begins = replace(memory, gradients=heads * precision.trained.itemsize)
-    left = batch_tokens * max(each, default=0) * thrift.recompute
-    # A tied head's gradient and the embedding's are added in the end
-    twice = gradients + heads * plan.config.tie_embeddings
-    ends = replace(memory, gradients=twice * precision.trained.itemsize, activations=left, logits=0)
-    return max(begins, ends, key=lambda moment: moment.total)
 
 
 def logit_rows(vocabulary: int) -> int:
     """Rows of logits, each over `vocabulary` words, that the loss makes at once."""
     return max(16, LOGITS // (4 * vocabulary))
+
+
+def _logits(plan: FreezePlan, precision: Precision, target_tokens: int) -> int:
+    """Bytes of the logits that are there at once: in fp32, and as the head gives them."""
+    config = plan.config
+    vocabulary = config.n_outputs
+    head = "embed.weight" if config.tie_embeddings else "head.weight"
+    learns = head in plan.trained or (plan.lora is not None and "head" in plan.lora.ranks)
+    if not learns and config.final_softcap is None:
+        vocabulary = min(vocabulary, SLICE // (config.n_embd * precision.compute.itemsize))
+    wide = 4 + precision.compute.itemsize * (precision.compute != torch.float32)
+    return min(target_tokens, logit_rows(vocabulary)) * vocabulary * wide
+
+
+def _activations(plan: FreezePlan, precision: Precision, batch_tokens: int, recompute: bool) -> tuple[int, int]:
+    """Bytes that are there when backward begins, and when its last block is done."""
+    each = [batch_tokens * _per_token(plan, precision, i) for i in range(max(plan.lowest, 0), plan.n_layer)]
+    entering = batch_tokens * plan.config.n_embd * precision.stream.itemsize
+    copies = plan.n_trained * precision.compute.itemsize * (precision.compute != precision.trained)
+    if recompute:
+        return len(each) * entering + max(each, default=0) + copies, max(each, default=0)
+    return sum(each) + copies, 0
 
 
 def _per_token(plan: FreezePlan, precision: Precision, i: int) -> int:
@@ -139,21 +174,10 @@ def _per_token(plan: FreezePlan, precision: Precision, i: int) -> int:
     return stream * precision.stream.itemsize + inside * precision.compute.itemsize
 
 
-def describe_memory(
-    plan: FreezePlan,
-    precision: Precision,
-    stored: Callable[[str], torch.dtype],
-    batch_tokens: int,
-    target_tokens: int,
-    thrift: Thrift = Thrift(),
-) -> str:
+def describe_memory(plan: Memory, everything: Memory) -> str:
     """Two lines: this plan, and training everything."""
     lines = []
-    given = (precision, stored, batch_tokens, target_tokens)
-    for label, memory in (
-        ("this plan", estimate_memory(plan, *given, thrift)),
-        ("everything", estimate_memory(FreezePlan.everything(plan.config), *given, replace(thrift, quantize=None))),
-    ):
+    for label, memory in (("this plan", plan), ("everything", everything)):
         kinds = ("weights", "gradients", "optimizer", "activations", "logits")
         parts = " + ".join(f"{kind} {megabytes(getattr(memory, kind))}" for kind in kinds)
         lines.append(f"{label:>10}: {parts} = {megabytes(memory.total)}")

@@ -57,7 +57,7 @@ def setup(
     from litfreeze.choose.words import has_ranks, put_ids
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
-    from litfreeze.freeze.memory import Thrift, describe_memory
+    from litfreeze.freeze.memory import Thrift, beside_everything, describe_memory
     from litfreeze.freeze.plan import FreezePlan
     from litfreeze.freeze.savings import Pass, Rows, describe_savings
     from litfreeze.freeze.words import plan_from_words
@@ -95,7 +95,7 @@ def setup(
     print(
         f"Memory at its peak, estimated for {kept.name}, {optimizer}, micro-batches of {tokens:,} tokens, all learned:"
     )
-    print(f"{describe_memory(plan, kept, base.dtype, tokens, tokens, thrift)}\n")
+    print(f"{describe_memory(*beside_everything([plan], kept, base.dtype, tokens, tokens, thrift))}\n")
     rows = Rows.full(RECORDS, max_seq_length)
     size = rows.tokens * plan.config.n_embd * kept.stream.itemsize if plan.lowest > 0 else None
     steps, batch = -(-RECORDS // TrainArgs.global_batch_size), (micro_batch_size, max_seq_length)

@@ -11,6 +11,7 @@ from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs
+from litfreeze.freeze.memory import Thrift
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.thaw import Thawing
 from litfreeze.precision import Precision
@@ -43,6 +44,17 @@ class Job:
     anew: bool = False  # begin, in a folder where a run of this recipe may have begun before
     thawing: Optional[Thawing] = None  # when the blocks of the plan train, if not from beginning to end
     notes: tuple[str, ...] = ()  # what the person is told about where the run begins
+
+    @property
+    def thrift(self) -> Thrift:
+        """What it does to need less memory."""
+        return Thrift(
+            self.train.optimizer,
+            self.frozen.fused_backward,
+            self.frozen.freeze_quantize,
+            self.train.activation_checkpointing,
+            self.train.global_batch_size > self.train.micro_batch_size,
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from litfreeze.data.split import Samples
 from litfreeze.demo import MODEL_DIR
 from litfreeze.fields import DROPOUT
 from litfreeze.freeze.layers import format_layers
-from litfreeze.freeze.memory import Thrift, describe_memory, estimate_memory
+from litfreeze.freeze.memory import Memory, beside_everything, describe_memory
 from litfreeze.freeze.plan import FreezePlan, Part
 from litfreeze.freeze.savings import Pass, Rows, describe_savings
 from litfreeze.freeze.thaw import Stage
@@ -50,7 +50,7 @@ class Report:
     def opening(self, prompt_style: Optional[str]) -> str:
         """What will train, on what, for how long, and what it will cost."""
         config, schedule = self.job.checkpoint.config, self.schedule
-        tokens, targets = self.micro_batch()
+        tokens, _ = self.micro_batch()
         dropout = [f"{name} {value}" for name in DROPOUT if (value := self.job.checkpoint.hf_config.get(name))]
         return "\n".join(
             [
@@ -70,20 +70,7 @@ class Report:
                 "",
                 "Memory at its peak, estimated for "
                 f"micro-batches of {self.job.train.micro_batch_size} (up to {tokens:,} tokens):",
-                describe_memory(
-                    self.hungriest(tokens, targets),
-                    self.job.precision,
-                    self.job.checkpoint.dtype,
-                    tokens,
-                    targets,
-                    Thrift(
-                        self.job.train.optimizer,
-                        self.job.frozen.fused_backward,
-                        self.job.frozen.freeze_quantize,
-                        self.job.train.activation_checkpointing,
-                        self.job.train.global_batch_size > self.job.train.micro_batch_size,
-                    ),
-                ),
+                describe_memory(*self.memory()),
                 "",
             ]
         )
@@ -237,11 +224,13 @@ class Report:
         )
         return lines
 
-    def hungriest(self, tokens: int, targets: int) -> FreezePlan:
-        """The plan of the stage that needs the most memory."""
+    def memory(self) -> tuple[Memory, Memory]:
+        """Of the stage that needs the most, and of training everything."""
         alike = {(stage.plan.n_trained, stage.plan.lowest): stage.plan for stage in self.stages}
-        given = self.job.precision, self.job.checkpoint.dtype, tokens, targets
-        return max(alike.values(), key=lambda plan: estimate_memory(plan, *given).total)
+        job = self.job
+        return beside_everything(
+            alike.values(), job.precision, job.checkpoint.dtype, *self.micro_batch(), thrift=job.thrift
+        )
 
     def micro_batch(self) -> tuple[int, int]:
         """Tokens and targets in the largest micro-batch that can happen."""

@@ -5,7 +5,7 @@ These functions run in the helper process (helper.py), and return what JSON can 
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Optional
 
 import torch
@@ -22,7 +22,6 @@ from litfreeze.errors import UsageError
 from litfreeze.finetune.setting import open_base, ranking, settled
 from litfreeze.finetune.task import for_task
 from litfreeze.freeze.layers import format_layers
-from litfreeze.freeze.memory import Thrift, estimate_memory
 from litfreeze.freeze.plan import EXTRAS, FreezePlan, Part, part_of
 from litfreeze.freeze.rates import parse_rates, rate_groups
 from litfreeze.freeze.savings import Pass, Rows
@@ -160,22 +159,9 @@ def _numbers(device: torch.device, job: Job, prepared: Prepared) -> dict[str, An
 
 def _memory(report: Report) -> dict[str, Any]:
     """Bytes by kind of the stage that needs most, and of training everything."""
-    job = report.job
-    tokens, targets = report.micro_batch()
-    given = job.precision, job.checkpoint.dtype, tokens, targets
-    thrift = Thrift(
-        job.train.optimizer,
-        job.frozen.fused_backward,
-        job.frozen.freeze_quantize,
-        job.train.activation_checkpointing,
-        job.train.global_batch_size > job.train.micro_batch_size,
-    )
-    whole = replace(thrift, quantize=None)
-    return {
-        "tokens": tokens,
-        "plan": asdict(estimate_memory(report.hungriest(tokens, targets), *given, thrift)),
-        "everything": asdict(estimate_memory(FreezePlan.everything(job.plan.config), *given, whole)),
-    }
+    tokens, _ = report.micro_batch()
+    plan, everything = map(asdict, report.memory())
+    return {"tokens": tokens, "plan": plan, "everything": everything}
 
 
 def _time(stage: Stage, epoch: Pass, tokens: int, job: Job, steps_per_epoch: int) -> dict[str, Any]:
