@@ -59,6 +59,11 @@ class Form:
             found[name] = Field(name, self._group(name), helps.get(name) or "", default, choices, path)
         return found
 
+    @property
+    def paths(self) -> set[str]:
+        """The options that name a file or a folder."""
+        return {name for name, field in self.fields.items() if field.path}
+
     def _group(self, name: str) -> str:
         if "." in name:
             return name.partition(".")[0]
