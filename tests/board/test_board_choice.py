@@ -1,5 +1,6 @@
 """What is clicked and what is typed are one choice."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from litfreeze_board.choice import Choice, cells
@@ -54,3 +55,25 @@ def test_new_blocks_a_tied_head_and_scores_are_marked():
     assert found["embed"]["label"] == "embed = head"
     assert found["3"]["fresh"] and found["3"]["best"] and found["3"]["rate"] == "5e-05" and found["3"]["score"] == 1
     assert not found["2"]["pressed"] and found["2"]["state"] == "frozen" and found["2"]["score"] == 0.5
+
+
+MODEL = {"n_layer": DEPTH, "new": [11], "classes": 0}
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "outside", "blocks"),
+    [
+        ("full", {}, {"embed", "head", "final_norm"}, set(range(DEPTH))),
+        ("full", {"trainable_layers": "0,1", "trainable_extra": "final_norm"}, {"final_norm"}, {0, 1}),
+        ("full", {"trainable_layers": "new", "task": "classification"}, {"head"}, {11}),
+        ("full", {"trainable_layers": "0", "unfreeze": "gradual:2"}, set(), {0}),
+        ("full", {"unfreeze": "gradual:2"}, set(), {4, 5}),
+        ("full", {"trainable_layers": "rank:spectrum:2"}, set(), {4, 5}),
+        ("lora", {}, set(), {4, 5}),
+    ],
+)
+def test_a_form_says_what_trains_and_the_plan_what_it_alone_knows(method, values, outside, blocks):
+    choice = Choice()
+    assert choice.follow(MODEL, method, values) is None
+    choice.follow_plan("4,5")
+    assert (choice.outside, choice.blocks) == (outside, blocks)

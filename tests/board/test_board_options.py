@@ -123,3 +123,8 @@ def test_a_refusal_finds_its_field(values, place):
 
     found = plan(FULL.words(values), values.get("checkpoint_dir"), None, {})
     assert field_of(found["refused"], values, FULL.fields) == place
+
+
+def test_a_refusal_finds_its_field_beside_what_was_filled_in_for_the_other_method():
+    values = {"lora_r": "4", "data.path": "not there.jsonl"}
+    assert field_of("There is no data at not there.jsonl.", values, FULL.fields) == "data.path"

@@ -1,13 +1,16 @@
 """What is chosen of a model, as words and as parts that are on or off, and the cells that show it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from litfreeze.choose.words import check_words
+from litfreeze.choose.words import check_words, has_ranks
 from litfreeze.errors import UsageError
 from litfreeze.freeze.layers import format_layers, parse_layers
 from litfreeze.freeze.plan import EXTRAS
+
+INSTEAD = ("unfreeze", "lisa_layers", "freeze_trainable_layers", "freeze_trainable_layers_ids", "trainable_modules")
 
 
 @dataclass
@@ -25,6 +28,21 @@ class Choice:
     layers: str = ""
     extra: str = ""
     blocks: set[int] = field(default_factory=set)
+
+    def follow(self, model: Mapping[str, Any], method: str, values: Mapping[str, str]) -> Optional[str]:
+        """Takes what a form has of it, for `model` as plan.plan tells of it. A refusal as `read` has it."""
+        self.n_layer, self.new = model["n_layer"], model["new"]
+        self.elsewhere = method != "full" or any(values.get(name) for name in INSTEAD)
+        classifies = values.get("task") == "classification" or model["classes"] > 0
+        self.always = frozenset(["head"] if classifies else [])
+        self.layers, self.extra = values.get("trainable_layers", ""), values.get("trainable_extra", "")
+        return self.read()
+
+    def follow_plan(self, layers: str) -> None:
+        """Takes the blocks of a plan, where it alone knows which a ranking or a timeline means."""
+        with suppress(UsageError):
+            if has_ranks(self.layers) if self.layers else self.elsewhere:
+                self.blocks = set(parse_layers(layers, self.n_layer))
 
     def read(self) -> Optional[str]:
         """Takes the words for blocks as they are. The refusal, if they mean nothing; then the blocks stay. Those of a

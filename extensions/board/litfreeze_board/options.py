@@ -59,6 +59,11 @@ class Form:
             found[name] = Field(name, self._group(name), helps.get(name) or "", default, choices, path)
         return found
 
+    @property
+    def paths(self) -> set[str]:
+        """The options that name a file or a folder."""
+        return {name for name, field in self.fields.items() if field.path}
+
     def _group(self, name: str) -> str:
         if "." in name:
             return name.partition(".")[0]
@@ -125,7 +130,7 @@ def as_text(value: Any) -> str:
 
 def field_of(refusal: str, values: Values, fields: Mapping[str, Field]) -> Optional[str]:
     """The field that a refusal is about, as far as its text tells: the option that it names first, or the one whose
-    value it cites."""
+    value it cites. `values` may have options that are not in `fields`."""
     short = {"data": "data.path"}
     named = re.findall(r"--([A-Za-z_][A-Za-z_0-9.]*)", refusal) + re.findall(r"^([A-Za-z_][A-Za-z_0-9.]*):", refusal)
     for name in named:
@@ -137,5 +142,5 @@ def field_of(refusal: str, values: Values, fields: Mapping[str, Field]) -> Optio
     for name in layers:
         if cited and cited[0] in values.get(name, ""):
             return name
-    paths = [name for name, text in values.items() if text and fields[name].path and text in refusal]
+    paths = [name for name, field in fields.items() if field.path and values.get(name) and values[name] in refusal]
     return max(paths, key=lambda name: len(values[name]), default=None)

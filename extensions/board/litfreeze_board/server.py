@@ -11,7 +11,6 @@ from nicegui import app, ui
 from litfreeze_board.guard import Guard
 from litfreeze_board.helper import Helper
 from litfreeze_board.places import Root
-from litfreeze_board.runs import STATE
 
 
 @dataclass
@@ -22,11 +21,6 @@ class Board:
     planner: Helper
     ranker: Helper
     rankings: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def draft(self) -> Path:
-        """The form as it was last filled in."""
-        return self.root.path / STATE / "draft.json"
 
 
 def serve(root: Path, host: str, port: int, token: Optional[str], told: str) -> None:
