@@ -25,7 +25,7 @@ from litfreeze.generate.base import setup as generate
 from litfreeze.hub import is_hub_name
 from litfreeze.train.args import EvalArgs, TrainArgs
 
-FEW = TrainArgs(lr=1e-3, max_steps=2, global_batch_size=4)
+FEW = TrainArgs(lr=1e-3, max_steps=2, global_batch_size=4, watch_interval=0)
 QUICK = EvalArgs(max_samples=4, max_new_tokens=2)
 NEVER = {
     "README.md": b"# a card",

@@ -212,7 +212,7 @@ def stopped(words: list[object], number: str, step: int, rank: int) -> subproces
 
 @pytest.mark.parametrize(
     ("rank", "strategy"),
-    [(0, "ddp"), (1, "fsdp"), *(pytest.param(*pair, marks=MATRIX) for pair in [(1, "ddp"), (0, "fsdp"), (1, "fsdp1")])],
+    [(1, "fsdp"), *(pytest.param(*pair, marks=MATRIX) for pair in [(0, "ddp"), (1, "ddp"), (0, "fsdp"), (1, "fsdp1")])],
 )
 def test_when_one_is_lost_the_others_stop_and_say_so(tmp_path, alone, rank, strategy):
     out = tmp_path / "run"

@@ -31,7 +31,13 @@ FENCE = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<kind>\w*)\n(
 ELSEWHERE = ("pip install", "pytest")  # .ci/run does
 SERVERS = ("serve", "board")
 FEW = {"TRAIN__GLOBAL_BATCH_SIZE": "2", "TRAIN__MICRO_BATCH_SIZE": "2"}
-FEW |= {"TRAIN__MAX_STEPS": "2", "EVAL__MAX_NEW_TOKENS": "1", "EVAL__MAX_SAMPLES": "4", "MAX_NEW_TOKENS": "2"}
+FEW |= {
+    "TRAIN__WATCH_INTERVAL": "0",
+    "TRAIN__MAX_STEPS": "2",
+    "EVAL__MAX_NEW_TOKENS": "1",
+    "EVAL__MAX_SAMPLES": "4",
+    "MAX_NEW_TOKENS": "2",
+}
 LONGER = {"40:8,9": "100", "gradual": "8"}  # steps of those that tell when something happens
 
 

@@ -22,7 +22,7 @@ from litfreeze.scripts.convert import to_hf
 from litfreeze.scripts.merge import merge_lora
 from litfreeze.train.args import EvalArgs, TrainArgs
 
-FEW = TrainArgs(lr=2e-3, max_steps=3, global_batch_size=8)
+FEW = TrainArgs(lr=2e-3, max_steps=3, global_batch_size=8, watch_interval=0)
 
 
 @pytest.fixture(scope="module")

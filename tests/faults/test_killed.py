@@ -142,7 +142,7 @@ def draws(count: int, each: int) -> list:
     return [pytest.param(draw, marks=pytest.mark.matrix if draw % each else ()) for draw in range(count)]
 
 
-@pytest.mark.parametrize("draw", draws(20, 3))
+@pytest.mark.parametrize("draw", draws(20, 5))
 def test_killed_between_two_file_operations(runs, draw):
     """A moment in each twentieth of the run; every other time the next attempt is killed too."""
     chance, run_dir = random.Random(draw), runs.place / f"between-{draw}"
@@ -156,7 +156,7 @@ def test_killed_between_two_file_operations(runs, draw):
     shutil.rmtree(run_dir)
 
 
-@pytest.mark.parametrize("draw", draws(6, 2))
+@pytest.mark.parametrize("draw", draws(6, 3))
 def test_killed_by_the_clock(runs, draw):
     run_dir = runs.place / f"clock-{draw}"
     assert runs.start(run_dir, after=runs.seconds * (draw + random.Random(draw).random()) / 6).exitcode in (-9, 0)
@@ -165,7 +165,7 @@ def test_killed_by_the_clock(runs, draw):
     shutil.rmtree(run_dir)
 
 
-@pytest.mark.parametrize("draw", draws(6, 2))
+@pytest.mark.parametrize("draw", draws(6, 3))
 def test_a_disk_that_fills_up(runs, draw):
     """What cannot be kept on the way is told and left; a run without a final checkpoint fails, and can go on."""
     run_dir = runs.place / f"full-{draw}"

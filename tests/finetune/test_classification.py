@@ -24,7 +24,7 @@ from litfreeze.freeze.args import FrozenArgs
 from litfreeze.generate.classify import setup as classify
 from litfreeze.train.args import EvalArgs, TrainArgs
 
-FEW = TrainArgs(lr=5e-3, max_steps=4, global_batch_size=16, micro_batch_size=8)
+FEW = TrainArgs(lr=5e-3, max_steps=4, global_batch_size=16, micro_batch_size=8, watch_interval=0)
 QUICK = EvalArgs(max_samples=32)
 OFF = FrozenArgs(cache="off")
 HEAD = "head.weight"

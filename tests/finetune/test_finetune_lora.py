@@ -18,7 +18,7 @@ from litfreeze.lora import is_lora
 from litfreeze.outputs import claim
 from litfreeze.train.args import EvalArgs, TrainArgs
 
-FEW = TrainArgs(lr=1e-3, max_steps=3, global_batch_size=8, micro_batch_size=4)
+FEW = TrainArgs(lr=1e-3, max_steps=3, global_batch_size=8, micro_batch_size=4, watch_interval=0)
 QUICK = EvalArgs(max_samples=8, max_new_tokens=2)
 
 

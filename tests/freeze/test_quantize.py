@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 ERRORS = {"int8": 0.01, "nf4": 0.11}  # of normally drawn weights, relative
 DEMO = open_checkpoint(MODEL_DIR)
 BASE = load_file(MODEL_DIR / "litfreeze.safetensors")
-FEW = TrainArgs(lr=1e-3, max_steps=4, global_batch_size=8, micro_batch_size=4)
+FEW = TrainArgs(lr=1e-3, max_steps=4, global_batch_size=8, micro_batch_size=4, watch_interval=0)
 QUICK = EvalArgs(max_samples=16, max_new_tokens=4)
 TOKENS = torch.arange(40).view(2, 20)
 

@@ -60,8 +60,8 @@ KINDS = {
     "resume.json": Kind("interrupted", f"{STEP}/resume.json", 40, (VERIFY, AGAIN)),
     "state.safetensors": Kind("interrupted", f"{STEP}/state.safetensors", 40, (VERIFY, AGAIN), break_tensors),
 }
-CHUNKS = [  # CI has time for every second one
-    pytest.param(name, chunk, marks=pytest.mark.matrix if chunk % 2 else ())
+CHUNKS = [  # CI has time for every fourth one
+    pytest.param(name, chunk, marks=pytest.mark.matrix if chunk % 4 else ())
     for name, kind in KINDS.items()
     for chunk in range(kind.count // CHUNK)
 ]

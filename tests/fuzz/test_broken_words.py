@@ -12,7 +12,7 @@ from litfreeze.__main__ import main
 
 CHUNK = 20
 # CI has time for every second one
-CASES = [pytest.param(i, marks=pytest.mark.matrix if i % (2 * CHUNK) else ()) for i in range(0, 300, CHUNK)]
+CASES = [pytest.param(i, marks=pytest.mark.matrix if i % (4 * CHUNK) else ()) for i in range(0, 300, CHUNK)]
 
 ALWAYS = {
     "precision": "32-true",

@@ -8,7 +8,7 @@ from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.train.args import EvalArgs, TrainArgs
 
-FEW = TrainArgs(lr=2e-2, max_steps=4, global_batch_size=8, micro_batch_size=8)
+FEW = TrainArgs(lr=2e-2, max_steps=4, global_batch_size=8, micro_batch_size=8, watch_interval=0)
 QUICK = EvalArgs(max_samples=8, max_new_tokens=2)
 
 

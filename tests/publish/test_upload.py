@@ -24,7 +24,7 @@ from litfreeze.publish.card import command
 from litfreeze.scripts.merge import merge_delta, merge_lora
 from litfreeze.train.args import EvalArgs, TrainArgs
 
-FEW = TrainArgs(lr=2e-3, max_steps=2, global_batch_size=4)
+FEW = TrainArgs(lr=2e-3, max_steps=2, global_batch_size=4, watch_interval=0)
 QUICK = EvalArgs(max_samples=4, max_new_tokens=2)
 TOKENS = torch.arange(3, 20)[None]
 

@@ -24,7 +24,7 @@ from litfreeze.train import stage as stage_module
 from litfreeze.train.args import EvalArgs, TrainArgs
 from litfreeze.train.compiled import check_compile
 
-STEPS = TrainArgs(lr=1e-3, max_steps=4, global_batch_size=4, micro_batch_size=2, save_interval=4)
+STEPS = TrainArgs(lr=1e-3, max_steps=4, global_batch_size=4, micro_batch_size=2, save_interval=4, watch_interval=0)
 QUICK = EvalArgs(max_samples=4, max_new_tokens=2)
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
 
@@ -116,6 +116,7 @@ def test_every_way_of_training_is_the_same_run(tmp_path, monkeypatch, checkpoint
     assert counted["stats"]["unique_graphs"] >= 2 and not counted["graph_break"]
 
 
+@pytest.mark.matrix
 def test_bf16_mixed_too(tmp_path, monkeypatch, checkpoint_dir, counted):
     without_code(monkeypatch)
     words = {"checkpoint_dir": checkpoint_dir, "trainable_layers": "2,3", "precision": "bf16-mixed"}

@@ -196,7 +196,8 @@ PLAIN = {"packing": "off", "share_prompts": False, "cache": "off"}
 EVERY = {"packing": "on", "share_prompts": True, "cache": "disk"}
 # 27 records: steps of 8, 8, 8 and 3, each in micro-batches of 2, the last of which holds one; 24 steps
 TRAIN = TrainArgs(
-    lr=1e-3, epochs=6, global_batch_size=8, micro_batch_size=2, weight_decay=0.1, lr_warmup_steps=8
+    lr=1e-3, epochs=6, global_batch_size=8, micro_batch_size=2, weight_decay=0.1, lr_warmup_steps=8,
+    watch_interval=0,
 )  # fmt: skip
 EVAL = EvalArgs(max_new_tokens=1, interval=10, save_best=False)
 
@@ -355,7 +356,9 @@ def test_a_second_run_has_the_bits_of_the_first_and_other_options_its_cache(run,
     assert capsys.readouterr().out.count("36 of 36 records known") == 3
 
 
-@pytest.mark.parametrize("cache", ["disk", "ram", "off"])
+@pytest.mark.parametrize(
+    "cache", ["disk", *(pytest.param(cache, marks=pytest.mark.matrix) for cache in ("ram", "off"))]
+)
 def test_a_resumed_run_is_its_twin_to_the_bit(run, base, monkeypatch, cache):
     """The interruption falls into an epoch, and the prefix is made in several goes."""
     monkeypatch.setattr(prefix_module, "AT_ONCE", 300)

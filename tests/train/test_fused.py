@@ -18,7 +18,9 @@ from litfreeze.precision import PRECISIONS
 from litfreeze.train.args import EvalArgs, TrainArgs
 from litfreeze.train.fused import FusedBackward, check_fused_backward
 
-ALONE = TrainArgs(lr=1e-2, max_steps=4, global_batch_size=4, micro_batch_size=4, max_norm=None, weight_decay=0.1)
+ALONE = TrainArgs(
+    lr=1e-2, max_steps=4, global_batch_size=4, micro_batch_size=4, max_norm=None, weight_decay=0.1, watch_interval=0
+)
 QUICK = EvalArgs(max_samples=8, max_new_tokens=2)
 METHODS = {
     "full": (finetune_full, {"trainable_layers": "10,11", "trainable_extra": "embed,final_norm"}),

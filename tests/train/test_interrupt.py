@@ -37,7 +37,7 @@ def signalled(monkeypatch, at: int, number: int = signal.SIGTERM):
     monkeypatch.setattr(loop, "_step", step)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("at", [1, 3, 8, *(pytest.param(at, marks=pytest.mark.matrix) for at in (2, 6))])
 def test_the_step_is_finished_and_the_run_goes_on_from_it(tmp_path, records, monkeypatch, capsys, at):  # noqa: F811
     """Whether a validation is due after it (3, 6) or not, and after the last one."""
     script, own = METHODS["lora"]

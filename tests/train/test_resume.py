@@ -75,7 +75,7 @@ def test_a_resumed_run_ends_as_its_uninterrupted_twin(tmp_path, records, monkeyp
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_so_it_does_with_every_optimizer(tmp_path, records, monkeypatch, optimizer, fused):
     train = replace(TRAIN, optimizer=optimizer, global_batch_size=8, max_norm=None)
