@@ -13,8 +13,8 @@ from pathlib import Path
 from litfreeze.data.args import DataArgs
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
-from litfreeze.train import loop
 from litfreeze.train.args import EvalArgs, TrainArgs
+from litfreeze.train.loop import Loop
 from litfreeze.train.watch import Watch
 
 PLANS = {
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     steps, looks = [], []
-    timed(loop, "_step", steps)
+    timed(Loop, "_step", steps)
     for name in ("before", "gradients", "after"):
         timed(Watch, name, looks)
     table = ["| | a step | a look | share of the time |", "| --- | --- | --- | --- |"]

@@ -143,6 +143,13 @@ def together(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
     return result
 
 
+def summed(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, on the CPU."""
+    if fabric.world_size == 1:
+        return values
+    return fabric.all_reduce(values.to(fabric.device), reduce_op="sum").cpu()
+
+
 def launch(fabric: Fabric, function: Callable, *arguments: Any) -> Any:
     """Starts the processes `fabric` asks for and calls `function(fabric, *arguments)` on each. Under `fabric run` they
     are running already, and Fabric refuses a second launch."""

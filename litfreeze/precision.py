@@ -17,6 +17,11 @@ class Precision:
     compute: torch.dtype
     stream: torch.dtype  # of the residual stream between the blocks
 
+    @property
+    def scaled(self) -> bool:
+        """Whether losses are scaled, so that small gradients do not vanish in fp16."""
+        return self.compute == torch.float16
+
     def kept(self, trained: bool, stored: torch.dtype) -> torch.dtype:
         """The dtype of a weight in memory that is `stored` in a checkpoint."""
         if trained:

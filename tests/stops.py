@@ -5,13 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from litfreeze.train import loop
+from litfreeze.train.loop import Loop
 
 
 @contextmanager
 def ctrl_c_in_step(at: int) -> Iterator[None]:
     """The `at`-th step (from 1) that is taken meanwhile does not come to its end, nor does anything after it."""
-    plain, taken = loop._step, []
+    plain, taken = Loop._step, []
 
     def step(*given):
         taken.append(1)
@@ -20,5 +20,5 @@ def ctrl_c_in_step(at: int) -> Iterator[None]:
         return plain(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_step", step)
+        patch.setattr(Loop, "_step", step)
         yield

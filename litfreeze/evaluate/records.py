@@ -14,10 +14,10 @@ from litfreeze.evaluate.columns import Column
 from litfreeze.finetune.task import KEYS, LANGUAGE, refuse
 from litfreeze.model import GPT
 from litfreeze.train.feed import Feed
-from litfreeze.train.loop import validate
 from litfreeze.train.loss import NextToken
 from litfreeze.train.outcome import Scores
 from litfreeze.train.prepare import read_samples
+from litfreeze.train.validate import validate
 
 
 def read_all(columns: Sequence[Column], data: DataArgs, limit: int | None) -> tuple[list[Sequence[Sample]], str]:

@@ -25,8 +25,8 @@ from litfreeze.freeze.thaw import Stage
 from litfreeze.outputs import BEST, FINAL, RECIPE, RESUME, kept_steps, step_of
 from litfreeze.sizes import megabytes
 from litfreeze.train.job import Job
-from litfreeze.train.loop import Schedule
 from litfreeze.train.outcome import Outcome, Scores
+from litfreeze.train.schedule import Schedule
 
 KEPT = 2  # checkpoints on the way, and points to go on from, unless said: if the last is damaged, one is behind it
 
@@ -119,7 +119,7 @@ class Keeper:
             "folder": str(Path.cwd()),
             "outcome": reached,
             **more,
-            **self._fixed(),
+            **self._fixed,
         }
         self._claim_room(self._sizes[RESUME])
         write_point(self.out_dir, outcome.step, state, facts, self.keep)
@@ -130,7 +130,7 @@ class Keeper:
         """Where the interrupted run stood, and all that was kept with it. Raises UsageError if there is nothing to go
         on from, or what the run was made of has changed."""
         point = newest_point(self.out_dir)
-        for name, value in self._fixed().items():
+        for name, value in self._fixed.items():
             if point.facts.get(name) != value:
                 raise UsageError(
                     f"--resume {self.out_dir}: the {name} of this run changed since it was interrupted. "
@@ -205,6 +205,7 @@ class Keeper:
             "history": job.checkpoint.history,
         }
 
+    @cached_property
     def _fixed(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation, by the word a person knows."""
         job = self.job

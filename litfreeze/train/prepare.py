@@ -24,9 +24,9 @@ from litfreeze.train.aside import check_logger
 from litfreeze.train.compiled import check_compile
 from litfreeze.train.fused import check_fused_backward
 from litfreeze.train.job import Job
-from litfreeze.train.loop import Schedule
 from litfreeze.train.optim import check_optimizer
 from litfreeze.train.reuse import check_reuse
+from litfreeze.train.schedule import Schedule
 from litfreeze.train.shard import check_sharding
 
 

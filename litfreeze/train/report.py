@@ -29,10 +29,10 @@ from litfreeze.outputs import FINAL, RECIPE, RESULTS
 from litfreeze.sizes import megabytes
 from litfreeze.train.exchange import Exchange
 from litfreeze.train.job import Job
-from litfreeze.train.loop import Schedule
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.outcome import Outcome, Scores
 from litfreeze.train.pictures import draw_blocks, draw_confusion, draw_losses
+from litfreeze.train.schedule import Schedule
 from litfreeze.train.speed import measure_speed
 from litfreeze.train.watch import ROWS, Seen
 

@@ -25,7 +25,7 @@ from litfreeze.prefix.prefix import Prefix, prefix_key, prefix_names
 from litfreeze.prefix.store import ActivationStore
 from litfreeze.sizes import megabytes, parse_size
 from litfreeze.train.job import Job
-from litfreeze.train.loop import Schedule
+from litfreeze.train.schedule import Schedule
 from litfreeze.train.speed import measure_speed
 
 

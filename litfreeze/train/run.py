@@ -28,7 +28,7 @@ from litfreeze.train.interrupt import Interrupts
 from litfreeze.train.job import Job, Result
 from litfreeze.train.keep import Keeper
 from litfreeze.train.loggers import PATIENCE
-from litfreeze.train.loop import fit
+from litfreeze.train.loop import Loop
 from litfreeze.train.monitor import Monitor
 from litfreeze.train.outcome import Outcome
 from litfreeze.train.prepare import Prepared, check, prepare, read_once
@@ -88,7 +88,7 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
         ready = make_ready(fabric, job, gpt, samples, schedule, planned, i, cached=kept.get("cached"))
         to_close.callback(lambda: ready.prefix and ready.prefix.store.close())
         monitor.say(report.arithmetic(ready.stage, ready.reuse.told, ready.reuse.size))
-        scaler = getattr(fabric.strategy.precision, "scaler", None)  # of 16-mixed
+        scaler = fabric.strategy.precision.scaler if job.precision.scaled else None
         exchange = Exchange.of(prepared.tokenizer, samples.val or samples.train, job.checkpoint.config.labels)
         if point is not None:
             restore(point.path, ready.core.gpt, ready.stage.so_far.trained, ready.plain)
@@ -114,16 +114,13 @@ def _train(fabric: Fabric, job: Job, prepared: Prepared, keeper: Keeper, killed:
                 schedule.max_steps,
             )
         interrupts = to_close.enter_context(Interrupts(speaks=fabric.is_global_zero))
+        loop = Loop(fabric, job, schedule, monitor, saving.on_the_way, interrupts, watch)
         while True:
             if watch is not None:
                 watch.begin(ready.core.gpt, ready.stage.plan, ready.stage.start + 1)
             if job.frozen.stream_frozen and outcome.step < ready.stage.stop:
                 ready.prefix.fill_all(fabric.global_rank, fabric.world_size, fabric.barrier)
-            outcome = fit(
-                fabric, ready.model, ready.optimizer, *ready.feeds, schedule, job.train, job.eval, monitor,
-                partial(saving.on_the_way, ready), job.seed, outcome, ready.fused, ready.stage.stop, watch,
-                interrupts=interrupts,
-            )  # fmt: skip
+            outcome = loop.fit(ready, outcome)
             if outcome.step == schedule.max_steps or outcome.stopped:
                 break
             i += 1

@@ -20,10 +20,10 @@ from litfreeze.train.compiled import compile_blocks
 from litfreeze.train.feed import Feed
 from litfreeze.train.fused import FusedBackward
 from litfreeze.train.job import Job
-from litfreeze.train.loop import Schedule
 from litfreeze.train.loss import NextToken
 from litfreeze.train.optim import build_optimizer
 from litfreeze.train.reuse import Reuse, choose_reuse
+from litfreeze.train.schedule import Schedule
 from litfreeze.train.shard import carry_over, over, shard
 
 
@@ -105,8 +105,7 @@ def _over(
         fabric.strategy.spread = partial(shard, job=job, form=fabric.strategy.form, device=fabric.device)
     model = fabric.setup_module(core)
     model.mark_forward_method("lend")
-    scaled = job.precision.name == "16-mixed"
-    plain = build_optimizer(gpt, stage.plan, job.train, scaled, stage.rises, last and last.plain)
+    plain = build_optimizer(gpt, stage.plan, job.train, job.precision.scaled, stage.rises, last and last.plain)
     if sharded and last is not None:
         carry_over(last.core.gpt, last.plain, last.stage.so_far.trained, gpt, plain)
     optimizer = fabric.setup_optimizers(plain)

@@ -6,7 +6,7 @@ import signal
 import sys
 
 from litfreeze.__main__ import main
-from litfreeze.train import loop
+from litfreeze.train.loop import Loop
 
 
 def stopped(step):
@@ -23,5 +23,5 @@ def stopped(step):
 
 
 if __name__ == "__main__":
-    loop._step = stopped(loop._step)
+    Loop._step = stopped(Loop._step)
     sys.exit(main())

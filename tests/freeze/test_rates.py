@@ -19,7 +19,8 @@ from litfreeze.freeze.words import adapter_targets, plan_from_words
 from litfreeze.lora import LoRA
 from litfreeze.model import GPT
 from litfreeze.train.args import EvalArgs, TrainArgs
-from litfreeze.train.optim import build_optimizer, set_lr
+from litfreeze.train.optim import build_optimizer
+from litfreeze.train.schedule import set_lr
 
 TIED = Config.from_file(MODEL_DIR / "config.json")
 UNTIED = replace(TIED, tie_embeddings=False)

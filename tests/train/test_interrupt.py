@@ -18,15 +18,14 @@ from litfreeze.errors import Interrupted, RunError, UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.outputs import sole_user
-from litfreeze.train import loop
-from litfreeze.train.loop import NotFinite
+from litfreeze.train.loop import Loop, NotFinite
 
 ONCE = replace(TRAIN, save_interval=None)  # nothing is kept on the way but at a signal
 
 
 def signalled(monkeypatch, at: int, number: int = signal.SIGTERM):
     """The signal comes in the middle of step `at`."""
-    plain, taken = loop._step, []
+    plain, taken = Loop._step, []
 
     def step(*given):
         taken.append(1)
@@ -34,7 +33,7 @@ def signalled(monkeypatch, at: int, number: int = signal.SIGTERM):
             signal.raise_signal(number)
         return plain(*given)
 
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(Loop, "_step", step)
 
 
 @pytest.mark.parametrize("at", [1, 3, 8, *(pytest.param(at, marks=pytest.mark.matrix) for at in (2, 6))])
@@ -84,7 +83,7 @@ def test_a_second_signal_leaves_at_once(tmp_path, records, monkeypatch):  # noqa
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(Loop, "_step", step)
     with pytest.raises(KeyboardInterrupt):
         script(out_dir=tmp_path / "cut", train=TRAIN, eval=EVAL, data=DataArgs(path=records), **own)
     assert not (tmp_path / "cut/resume").exists()
@@ -198,21 +197,21 @@ def test_auto_does_not_begin_over_another_run(tmp_path, records, capsys):  # noq
 
 def broken(monkeypatch, at: list[int]) -> None:
     """The loss of these steps (from 1) is not a number, as a record may make it."""
-    plain, taken = loop._step, []
+    plain, taken = Loop._step, []
 
-    def step(fabric, model, optimizer, *given):
+    def step(loop, ready, *given):
         taken.append(1)
         if len(taken) in at:
-            weight = model.module.gpt.final_norm.weight  # frozen, so that nothing keeps it
+            weight = ready.model.module.gpt.final_norm.weight  # frozen, so that nothing keeps it
             kept = weight.data.clone()
             weight.data.fill_(float("nan"))
             try:
-                return plain(fabric, model, optimizer, *given)
+                return plain(loop, ready, *given)
             finally:
                 weight.data.copy_(kept)
-        return plain(fabric, model, optimizer, *given)
+        return plain(loop, ready, *given)
 
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(Loop, "_step", step)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_records(tmp_path, records, monkeypatch, capsys):  # noqa: F811
@@ -252,7 +251,7 @@ def test_a_skipped_step_leaves_weights_and_moments(tmp_path, records, monkeypatc
     script, own = METHODS["full"]
     words = {"eval": EVAL, "data": DataArgs(path=records), **own}
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", lambda *_: (_ for _ in ()).throw(NotFinite("it did.", float("nan"))))
+        patch.setattr(Loop, "_step", lambda *_: (_ for _ in ()).throw(NotFinite("it did.", float("nan"))))
         train = replace(TRAIN, nonfinite="skip", max_steps=2)
         script(out_dir=tmp_path / "run", train=train, save_dtype="float32", **words)
     from litfreeze.checkpoint.directory import open_checkpoint

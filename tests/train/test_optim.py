@@ -19,7 +19,8 @@ from litfreeze.model import GPT
 from litfreeze.precision import PRECISIONS
 from litfreeze.presets import PRESETS
 from litfreeze.train.args import EvalArgs, TrainArgs, seconds
-from litfreeze.train.optim import Several, build_optimizer, lr_at, set_lr, warmup_steps
+from litfreeze.train.optim import Several, build_optimizer
+from litfreeze.train.schedule import lr_at, set_lr, warmup_steps
 
 TIED = Config.from_hf(PRESETS["demo"])
 HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
