@@ -125,7 +125,12 @@ def test_a_run_that_goes_on_ranks_nothing_again(capsys, tmp_path):
     with ctrl_c_in_step(2):
         assert main(["finetune", "full", *words, *QUICK]) == 130
     assert "Ranked by random" in capsys.readouterr().out
-    assert main(["finetune", "full", "--resume", str(run)]) == 0
+    for other in ("rank:random:3", "rank:spectrum:2"):
+        assert main(["finetune", "full", "--resume", str(run), "--trainable_layers", other]) == 2
+        assert f"--trainable_layers {other} stands beside --resume, but the run was made" in capsys.readouterr().err
+    with ctrl_c_in_step(1):
+        assert main(["finetune", "full", "--resume", str(run)]) == 130
+    assert main(["finetune", "full", "--resume", str(run), "--trainable_layers", "rank:random:2"]) == 0
     assert "Ranked" not in capsys.readouterr().out
     assert changed_blocks(run) == set(ranked(capsys, "--method", "random")[:2])
 

@@ -1,4 +1,4 @@
-"""A checkpoint directory: open one of any kind, write one of ours.
+"""A checkpoint directory: open one of any kind, load a model from it.
 
 A litfreeze directory holds
     config.json             the Hugging Face config, so that identity has one spelling

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, ClassVar, Literal, Optional
 
 from litfreeze.errors import UsageError
 
@@ -41,6 +41,8 @@ class DataArgs:
             does not grow with the set; auto is memory up to 1 GB of them. What is learned is the same.
         keep_dir: The folder of that file, by default ~/.cache/litfreeze/samples.
     """
+
+    exact: ClassVar[tuple[str, ...]] = ("keep", "keep_dir")  # a run may go on with others, and learns the same
 
     path: Optional[Path] = None
     subset: Optional[str] = None

@@ -46,11 +46,11 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
     for name in ("checkpoint_dir", "base_dir"):
         setattr(given, name, pinned(getattr(given, name)))
     if not given.resume:
-        return but(given, anew=False)
+        return but(given, anew=False, ranked=None)
     if str(given.resume) == "auto" and given.out_dir is not None:
         run_dir = Path(given.out_dir)
         if not points(run_dir) and not (run_dir / FINAL).is_dir():  # nothing was kept yet, or nothing began
-            return but(given, resume=False, anew=True)
+            return but(given, resume=False, anew=True, ranked=None)
     else:
         run_dir = last_resumable(method) if str(given.resume) in ("True", "auto") else Path(given.resume)
     facts = newest_point(run_dir).facts
@@ -72,25 +72,26 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
         kept = getattr(own[group], leaf) if is_dataclass(own[group]) else own[name]
         if name in ("data.path", "data.val_path"):  # where it lies may change; what it holds is compared
             setattr(own["data"], leaf, Path(value))
-        elif name in ("data.keep", "data.keep_dir"):
-            own["data"] = replace(own["data"], **{leaf: value})
-        elif group in ("frozen", "log") and name not in ("freeze_quantize", "cache_dtype"):
-            # Neither changes what is learned, to the bit
+        elif group == "log" or leaf in getattr(own[group], "exact", ()):
             own[group] = replace(own[group], **{leaf: value})
         elif name in (*DEVICES, "base_dir", "logger_name"):
             own[name] = value
+        elif name == "trainable_layers" and str(value) == facts.get("ranked"):
+            pass  # they were ranked when the run began, and stay
         elif name not in ("resume", "out_dir") and not _same(value, kept):
             raise UsageError(_ELSEWISE.format(name, value, kept))
     if given.out_dir is not None and Path(given.out_dir).resolve() != run_dir.resolve():
         raise UsageError(f"--out_dir {given.out_dir} stands beside --resume {run_dir}, which is where the run goes on.")
-    return SimpleNamespace(**{**own, "out_dir": run_dir, "resume": run_dir, "anew": False})
+    return SimpleNamespace(
+        **{**own, "out_dir": run_dir, "resume": run_dir, "anew": False, "ranked": facts.get("ranked")}
+    )
 
 
 def _same(value: Any, kept: Any) -> bool:
     """Whether an option given beside --resume says what the run's own does."""
     if isinstance(kept, Path):
         return Path(value).resolve() == kept.resolve()
-    return str(value) == str(kept) or has_ranks(value if isinstance(value, str) else None)  # its blocks were ranked
+    return str(value) == str(kept)
 
 
 def open_base(
@@ -116,7 +117,8 @@ def but(options: SimpleNamespace, **changed: Any) -> SimpleNamespace:
 
 def ranked_layers(options: SimpleNamespace, checkpoint: Checkpoint) -> tuple[SimpleNamespace, list[str]]:
     """The options with block ids in the place of `rank:spectrum:4` in `trainable_layers`, so that the run and its
-    recipe know ids alone, and what the person is told about it; nothing where there is no ranking.
+    recipe know ids alone, with the words in `ranked`; and what the person is told about it, nothing where there is no
+    ranking.
 
     A method that needs data looks at the records the run learns from first. Raises UsageError for words that mean
     nothing, and where another option says which blocks train."""
@@ -127,7 +129,7 @@ def ranked_layers(options: SimpleNamespace, checkpoint: Checkpoint) -> tuple[Sim
     config = checkpoint.config
     ranked = partial(ranking, options, checkpoint)
     layers, told = put_ids(options.trainable_layers, config.n_layer, config.new_blocks, ranked)
-    return but(options, trainable_layers=layers), told
+    return but(options, trainable_layers=layers, ranked=str(options.trainable_layers)), told
 
 
 def ranking(options: SimpleNamespace, checkpoint: Checkpoint, method: str) -> Ranking:
@@ -171,6 +173,7 @@ def job_of(
         thawing=thawing_from_words(plan.config, options.thaw, options.seed),
         resume=bool(options.resume),
         anew=options.anew,
+        ranked=options.ranked,
         **more,
     )
     return fabric, job
@@ -224,7 +227,7 @@ def told_to_logger(script: Callable[..., Any], options: Mapping[str, Any]) -> di
 def _chosen(script: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Those options that say what is learned and are not the defaults, and the defaults."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
-    left_out = ("out_dir", "resume", "anew")
+    left_out = ("out_dir", "resume", "anew", "ranked")
     return _changed({name: value for name, value in options.items() if name not in left_out}, defaults), defaults
 
 

@@ -11,7 +11,8 @@ from litfreeze.sizes import parse_size
 
 @dataclass
 class FrozenArgs:
-    """What makes a run cheap, most of it for what is frozen. None of it but freeze_quantize changes what is learned.
+    """What makes a run cheap, most of it for what is frozen. What is learned is the same, but for freeze_quantize and a
+    cache_dtype that is not auto.
 
     Args:
         cache: Keep what comes out of the blocks below the lowest trained one, so that they run once per record: on
@@ -30,6 +31,9 @@ class FrozenArgs:
     """
 
     flat: ClassVar[bool] = True  # on the command line these options have no group's name before them
+    exact: ClassVar[tuple[str, ...]] = (  # a run may go on with others, and learns the same to the bit
+        "cache", "cache_dir", "cache_limit", "stream_frozen", "fused_backward", "shard_frozen",
+    )  # fmt: skip
 
     cache: Literal["auto", "disk", "ram", "gpu", "off"] = "auto"
     cache_dir: Optional[Path] = None

@@ -42,6 +42,7 @@ class Job:
     settings: Mapping[str, Any] = field(default_factory=dict)  # the options that were given, for a logger
     resume: bool = False  # go on in `out_dir`
     anew: bool = False  # begin, in a folder where a run of this recipe may have begun before
+    ranked: Optional[str] = None  # the words of --trainable_layers that a ranking put the plan's blocks in place of
     thawing: Optional[Thawing] = None  # when the blocks of the plan train, if not from beginning to end
     notes: tuple[str, ...] = ()  # what the person is told about where the run begins
 

@@ -116,6 +116,7 @@ class Keeper:
         facts = {
             "method": self.job.method,
             "recipe": self.job.recipe,
+            "ranked": self.job.ranked,
             "folder": str(Path.cwd()),
             "outcome": reached,
             **more,
