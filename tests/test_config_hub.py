@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from litfreeze.freeze.table import table as plan_table
+
 HUB = Path(__file__).parents[1] / "config_hub"
 sys.path.insert(0, str(HUB))
 import table  # noqa: E402
@@ -30,7 +32,7 @@ def test_a_recipe_says_how_it_is_used_and_has_a_plan(recipe):
     method = "lora" if kind == "lora" else "full"
     assert command.startswith(f"# litfreeze finetune {method} --config config_hub/finetune/{recipe.parent.name}/{kind}")
     plan, memory, done = table.costs(recipe)
-    print(plan.table())
+    print(plan_table(plan))
     last = list(range(depth - 4, depth))
     if kind in ("freeze", "unfreeze"):
         assert plan.layers == last and done.prefix > 0
@@ -38,7 +40,7 @@ def test_a_recipe_says_how_it_is_used_and_has_a_plan(recipe):
         assert plan.layers == list(plan.config.new_blocks) and len(plan.layers) > 0
     else:
         assert plan.layers == list(range(depth)) and (plan.lora is not None) == (kind == "lora")
-    assert 0 < memory.optimizer <= memory.total and f"{plan.n_trained:,}" in plan.table()
+    assert 0 < memory.optimizer <= memory.total and f"{plan.n_trained:,}" in plan_table(plan)
 
 
 def test_the_table_is_of_these_recipes():

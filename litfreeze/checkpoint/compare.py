@@ -15,6 +15,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from litfreeze.aligned import aligned
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.merge import fold
 from litfreeze.checkpoint.tensors import pieces
@@ -240,12 +241,7 @@ class Comparison:
                 runs.append([part])
         head = ("", "changed", "‖ΔW‖/‖W‖", "largest |Δ|", "elements", "by module")
         cells = [head, *(self._row(run) for run in runs)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        sides, lines = "<<>>><", []  # words to the left, figures to the right
-        for row in cells:
-            padded = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]
-            lines.append("  ".join(padded).rstrip())
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        return "\n".join(aligned(cells, "<<>>><"))
 
     def to_json(self) -> str:
         """Every figure, of the model, of each part and of each tensor. `relative_change` and `largest_change` are null

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from litfreeze.aligned import aligned
 from litfreeze.checkpoint.tensors import write_text
 from litfreeze.errors import RunError, UsageError
 from litfreeze.json_file import read_json
@@ -103,8 +104,7 @@ def hash_of_files(paths: Sequence[Path]) -> str:
 
 def table(tried: Sequence[Tried]) -> str:
     """Best first; those that failed below."""
-    head = ("candidate", "blocks", "trains", "val loss", "in seconds", "per step", "peak memory")
-    rows = [head]
+    rows = [("candidate", "blocks", "trains", "val loss", "in seconds", "per step", "peak memory")]
     for one in sorted((one for one in tried if one.results), key=lambda one: one.loss):
         r = one.results
         each = f"{1000 * one.seconds / max(1, r['step']):,.0f} ms"
@@ -112,15 +112,8 @@ def table(tried: Sequence[Tried]) -> str:
         memory = megabytes(r["peak_memory"])
         blocks = f"LoRA on {r['layers']}" if one.candidate.method == "lora" else r["layers"]
         rows.append((one.candidate.words, blocks, share, f"{one.loss:.4f}", f"{one.seconds:,.1f}", each, memory))
-    widths = [max(len(row[c]) for row in rows) for c in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines = [lines[0], "-" * len(lines[0]), *lines[1:]]
-    return "\n".join([*lines, *(f"{one.candidate.words}: failed. {one.failure}" for one in tried if not one.results)])
+    failed = [f"{one.candidate.words}: failed. {one.failure}" for one in tried if not one.results]
+    return "\n".join([*aligned(rows, "<<>>>>>"), *failed])
 
 
 def recommend(tried: Sequence[Tried]) -> tuple[Tried, str]:

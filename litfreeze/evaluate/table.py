@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
+from litfreeze.aligned import aligned
 from litfreeze.checkpoint.tensors import write_text
 from litfreeze.train.outcome import Scores
 
@@ -17,14 +18,7 @@ def describe(figures: Sequence[dict[str, Any]]) -> str:
     rows = list(dict.fromkeys(row for column in columns for row in column))
     cells = [["", *(found["name"] for found in figures)]]
     cells += [[row, *(column.get(row, "") for column in columns)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            f"{cell:{'<' if i == 0 else '>'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join(aligned(cells, "<" + ">" * len(columns)))
 
 
 def _column(found: dict[str, Any]) -> dict[str, str]:

@@ -1,11 +1,9 @@
 """FreezePlan: for every parameter of a model, does it train?
 
-The only place that decides `requires_grad`. The optimizer, the writer, the report and the printed table all ask it."""
+The only place that decides `requires_grad`. The optimizer, the writer, the report and the table all ask it."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Optional, Union
 
 import torch
@@ -13,12 +11,12 @@ from torch import nn
 
 from litfreeze.config import Config
 from litfreeze.errors import RunError, UsageError, did_you_mean
-from litfreeze.freeze.layers import Spec, format_layers, parse_layers
-from litfreeze.lora import B, LoRA, is_lora, linear_layers, model_parameters
+from litfreeze.freeze.layers import Spec, parse_layers
+from litfreeze.freeze.modules import narrow
+from litfreeze.lora import B, LoRA, model_parameters
 
 Part = Union[int, str]  # a block's id, or one of
 EXTRAS = ("embed", "head", "final_norm")
-NORMS = ("norm_1", "post_norm_1", "norm_2", "post_norm_2", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
@@ -132,73 +130,6 @@ class FreezePlan:
     def n_parameters(self) -> int:
         return sum(self.sizes.values())
 
-    def table(self, lr: Optional[float] = None) -> str:
-        """What trains and what is frozen, bottom to top; neighbours that are alike share a row. If not all learns at
-        one rate, the rates stand there too, those of parameters at `lr` times their scale."""
-        rows: list[tuple[str, str, int, int]] = []
-        run: list[int] = []
-
-        def flush() -> None:
-            if run:
-                names = [n for n in self.sizes if block_of(n) in run]
-                label = f"block {run[0]}" if len(run) == 1 else f"blocks {run[0]}-{run[-1]}"
-                rows.append(self._row(label, names, lr))
-                run.clear()
-
-        embed = "embed (also the head)" if self.config.tie_embeddings else "embed"
-        rows.append(self._row(embed, self._part("embed"), lr))
-        for i in range(self.config.n_layer):
-            if run and self._state(i) != self._state(run[-1]):
-                flush()
-            run.append(i)
-        flush()
-        rows.append(self._row("final_norm", self._part("final_norm"), lr))
-        if self._part("head"):
-            rows.append(self._row("head", self._part("head"), lr))
-        rows.append(("total", "", self.n_trained, self.n_parameters))
-        return _format_rows(rows)
-
-    def summary(self) -> str:
-        """One line: what trains, and its share."""
-        full = [name for name in self.trained if not is_lora(name)]
-        layers = sorted({block_of(name) for name in full} - {None})
-        blocks = [_blocks(layers)] if layers else []
-        outside = [e for e in EXTRAS if any(n in full for n in self._part(e))]
-        partly = any(n not in self.trained for n in self.sizes if block_of(n) in layers and not is_lora(n))
-        what = " + ".join(blocks + outside) + (" (in part)" if partly else "")
-        if self.lora is not None:
-            adapted = sorted({block_of(module) for module in self.lora.ranks} - {None})
-            where = ([_blocks(adapted)] if adapted else []) + (["head"] if "head" in self.lora.ranks else [])
-            what = f"{self.lora.describe()} on {' + '.join(where)}" + (f", and in full {what}" if full else "")
-        share = 100 * self.n_trained / self.n_parameters
-        return f"{what}: {self.n_trained:,} of {self.n_parameters:,} parameters train ({share:.2f} %)"
-
-    def _part(self, part: str) -> list[str]:
-        begins = ("embed.", "pos_embed.") if part == "embed" else (f"{part}.",)
-        return [name for name in self.sizes if name.startswith(begins)]
-
-    def _state(self, i: int) -> frozenset[tuple[str, float]]:
-        return frozenset((_inner(name), self.lr_scale(name)) for name in self.trained_in_block(i))
-
-    def _row(self, label: str, names: list[str], lr: Optional[float]) -> tuple[str, str, int, int]:
-        trained = [name for name in names if name in self.trained]
-        full = [name for name in trained if not is_lora(name)]
-        states = []
-        if full:
-            partly = len(full) < sum(not is_lora(name) for name in names)
-            part = sorted({_inner(name).removesuffix(".weight") for name in full}) if partly else []
-            states.append(" ".join(["trains", *([_few(part)] if part else [])]))
-        if len(trained) > len(full):
-            adapted = dict.fromkeys(name.rpartition(".")[0] for name in trained if is_lora(name))
-            linear = [module for module in linear_layers(self.config) if any(n.startswith(f"{module}.") for n in names)]
-            each = list(dict.fromkeys(module.rpartition(".")[2] for module in adapted))
-            states.append("LoRA on " + ("every linear layer" if len(adapted) == len(linear) > 1 else _few(each)))
-        if trained and lr is not None and self.lr_scales:
-            scales = sorted({self.lr_scale(name) for name in trained})
-            states.append("lr " + _few([f"{lr * scale:.3g}" for scale in scales]))
-        state = "; ".join(states) or "frozen"
-        return label, state, sum(self.sizes[n] for n in trained), sum(self.sizes[n] for n in names)
-
 
 def block_of(name: str) -> Optional[int]:
     """The block that a parameter belongs to, None outside of the blocks."""
@@ -212,67 +143,8 @@ def part_of(name: str) -> Part:
     return name.partition(".")[0].removeprefix("pos_") if block is None else block
 
 
-def _inner(name: str) -> str:
-    """'blocks.10.attn.q_proj.weight' is 'attn.q_proj.weight' inside its block."""
-    return name.split(".", 2)[2]
-
-
-def _few(words: list[str]) -> str:
-    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
-
-
-def _blocks(layers: list[int]) -> str:
-    return f"block{'s' * (len(layers) > 1)} {format_layers(layers)}"
-
-
 def _sizes(config: Config, lora: Optional[LoRA] = None) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in model_parameters(config, lora).items()}
-
-
-def narrow(inside: list[str], words: list[str], all_names: list[str], option: str = "trainable_modules") -> list[str]:
-    """Those of the parameters `inside` that one of `words` names; every word must name something."""
-    if not words or "" in words:
-        raise UsageError(f"--{option} has an empty part. Modules: {_known(all_names)}.")
-    kept: set[str] = set()
-    for word in words:
-        matched = {name for name in inside if _matches(word, name)}
-        if not matched:
-            where = (
-                "in the chosen blocks" if any(_matches(word, name) for name in all_names) else "in this model's blocks"
-            )
-            known = _known(all_names)
-            raise UsageError(
-                f"--{option} {word!r} matches nothing {where}.{did_you_mean(word, known.split(', '))} "
-                f"Modules: {known}; or a glob such as '*.q_proj.*', or re:… on full names."
-            )
-        kept |= matched
-    return [name for name in inside if name in kept]
-
-
-def _matches(word: str, name: str) -> bool:
-    if word.startswith("re:"):
-        try:
-            return re.fullmatch(word[3:], name) is not None
-        except re.error as error:
-            raise UsageError(f"{word!r} is no regular expression: {error}.") from None
-    if any(sign in word for sign in "*?["):
-        return fnmatchcase(name, word) or fnmatchcase(name.rpartition(".")[0], word)
-    components, parts = _inner(name).split("."), word.split(".")
-    if parts[0].isdigit():
-        return False  # an expert, and no word of its own: experts.3
-    named = any(components[at : at + len(parts)] == parts for at in range(len(components)))
-    return named or (word == "norm" and any(c in NORMS for c in components))
-
-
-def _known(names: list[str]) -> str:
-    """The words that name a module here."""
-    every = [_inner(name).split(".") for name in names]
-    components = dict.fromkeys(c for inner in every for c in inner if c not in ("weight", "bias") and not c.isdigit())
-    experts = {int(inner[2]) for inner in every if inner[1:2] == ["experts"]}
-    several = [f"experts.0 to experts.{max(experts)}"] if experts else []
-    norm = ["norm"] if any(component in NORMS for component in components) else []
-    bias = ["bias"] if norm and any(name.endswith(".bias") for name in names) else []
-    return ", ".join([*norm, *components, *several, *bias])
 
 
 def _outside(config: Config, sizes: Mapping[str, int], words: list[str]) -> frozenset[str]:
@@ -288,19 +160,3 @@ def _outside(config: Config, sizes: Mapping[str, int], words: list[str]) -> froz
         )
     begins = tuple(f"{word}." for word in words) + (("pos_embed.",) if "embed" in words else ())
     return frozenset(name for name in sizes if name.startswith(begins)) if begins else frozenset()
-
-
-def _format_rows(rows: list[tuple[str, str, int, int]]) -> str:
-    total = rows[-1][3]
-    cells = [("", "", "trained", "parameters", "share of the model")]
-    for label, state, trained, size in rows:
-        cells.append((label, state, f"{trained:,}" if trained else "-", f"{size:,}", f"{100 * trained / total:.2f} %"))
-    widths = [max(len(row[c]) for row in cells) for c in range(5)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -6,7 +6,8 @@ from litfreeze.config import Config
 from litfreeze.errors import UsageError
 from litfreeze.freeze.args import ThawArgs
 from litfreeze.freeze.layers import Names, Spec, format_layers, parse_layers, spread
-from litfreeze.freeze.plan import FreezePlan, block_of, narrow
+from litfreeze.freeze.modules import narrow
+from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.freeze.thaw import Lisa, Thawing, Unfreezing
 from litfreeze.lora import linear_layers
 

@@ -60,6 +60,7 @@ def setup(
     from litfreeze.freeze.memory import Thrift, beside_everything, describe_memory
     from litfreeze.freeze.plan import FreezePlan
     from litfreeze.freeze.savings import Pass, Rows, describe_savings
+    from litfreeze.freeze.table import summary, table
     from litfreeze.freeze.words import plan_from_words
     from litfreeze.precision import PRECISIONS, default_precision
     from litfreeze.train.args import TrainArgs
@@ -89,7 +90,7 @@ def setup(
     )
     kept = PRECISIONS[precision or default_precision("auto")]
     tokens = micro_batch_size * max_seq_length
-    print(f"{base.path}\n{plan.summary()}\n\n{plan.table()}\n")
+    print(f"{base.path}\n{summary(plan)}\n\n{table(plan)}\n")
     several = micro_batch_size < TrainArgs.global_batch_size
     thrift = Thrift(optimizer, fused_backward, freeze_quantize, activation_checkpointing, several)
     print(

@@ -24,6 +24,8 @@ from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import Memory, beside_everything, describe_memory
 from litfreeze.freeze.plan import FreezePlan, Part
 from litfreeze.freeze.savings import Pass, Rows, describe_savings
+from litfreeze.freeze.table import summary
+from litfreeze.freeze.table import table as plan_table
 from litfreeze.freeze.thaw import Stage
 from litfreeze.outputs import FINAL, RECIPE, RESULTS
 from litfreeze.sizes import megabytes
@@ -63,10 +65,10 @@ class Report:
                 f"after {schedule.warmup} warmup steps, {self.job.precision.name} on {self.device.type}"
                 f"{', compiled' if self.job.compile else ''}",
                 *([f"          Without dropout (config.json has {', '.join(dropout)})."] if dropout else []),
-                f"Trains    {self.job.plan.summary()}",
+                f"Trains    {summary(self.job.plan)}",
                 *([f"          {self.job.thawing.describe()}"] if self.job.thawing else []),
                 "",
-                self.job.plan.table(self.job.train.lr),
+                plan_table(self.job.plan, self.job.train.lr),
                 "",
                 "Memory at its peak, estimated for "
                 f"micro-batches of {self.job.train.micro_batch_size} (up to {tokens:,} tokens):",
@@ -136,7 +138,7 @@ class Report:
             out_dir / "report.md",
             "\n".join(
                 [
-                    f"# {self.job.plan.summary()}",
+                    f"# {summary(self.job.plan)}",
                     "",
                     f"Base: {self._name()}. {self.samples.describe()}",
                     "",
@@ -155,7 +157,7 @@ class Report:
                     "## What trained",
                     "",
                     fence,
-                    self.job.plan.table(self.job.train.lr),
+                    plan_table(self.job.plan, self.job.train.lr),
                     fence,
                     "",
                     "## Recipe",

@@ -14,6 +14,7 @@ from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import Thrift, estimate_memory
 from litfreeze.freeze.plan import FreezePlan, block_of
+from litfreeze.freeze.table import table
 from litfreeze.freeze.words import adapter_targets, plan_from_words, weights_in_full
 from litfreeze.lora import LoRA, add_lora
 from litfreeze.model import GPT
@@ -152,7 +153,7 @@ def test_a_model_or_an_optimizer_that_disagrees_is_found():
 
 def test_the_table_counts_every_parameter_once():
     plan = plan_from_words(TIED, "0-2,11", "attn", "final_norm")
-    rows = [line.split() for line in plan.table().splitlines()]
+    rows = [line.split() for line in table(plan).splitlines()]
     total = rows[-1]
     assert total[1:3] == [f"{plan.n_trained:,}", f"{plan.n_parameters:,}"]
     labels = [" ".join(row[:2]) for row in rows]

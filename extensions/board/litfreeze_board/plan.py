@@ -25,6 +25,7 @@ from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.plan import EXTRAS, FreezePlan, Part, part_of
 from litfreeze.freeze.rates import parse_rates, rate_groups
 from litfreeze.freeze.savings import Pass, Rows
+from litfreeze.freeze.table import summary, table
 from litfreeze.freeze.thaw import Stage
 from litfreeze.lora import is_lora
 from litfreeze.outputs import RUNS
@@ -132,8 +133,8 @@ def _numbers(device: torch.device, job: Job, prepared: Prepared) -> dict[str, An
     everything = report.epoch_of(FreezePlan.everything(plan.config), rows)
     epochs = [report.epoch_of(stage.plan, rows) for stage in stages]
     return {
-        "summary": plan.summary(),
-        "table": plan.table(job.train.lr),
+        "summary": summary(plan),
+        "table": table(plan, job.train.lr),
         "trained": plan.n_trained,
         "parameters": plan.n_parameters,
         "parts": {str(part): _part(plan, part, job.train.lr) for part in _parts(plan)},
