@@ -8,8 +8,8 @@ from typing import Any, Optional, Union
 
 from litfreeze import finetune
 from litfreeze.errors import Interrupted, LitfreezeError, RunError, UsageError
+from litfreeze.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["Interrupted", "LitfreezeError", "RunError", "UsageError", "__version__", "finetune", "load"]
 
 

@@ -24,8 +24,8 @@ import jsonargparse.typing
 import yaml
 from jsonargparse import _loaders_dumpers
 
-from litfreeze import __version__
 from litfreeze.errors import UsageError, did_you_mean
+from litfreeze.version import __version__
 
 SHORT = {"data": "data.path"}  # `--data FILE`, and `data: FILE` in a file
 EPILOG = """Options can also stand in a --config FILE, or in the environment: LITFREEZE_TRAIN__LR=1e-4 is

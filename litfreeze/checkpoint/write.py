@@ -10,7 +10,6 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from litfreeze import __version__
 from litfreeze.checkpoint.convert.hf import as_hf
 from litfreeze.checkpoint.convert.peft import as_peft
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
@@ -21,6 +20,7 @@ from litfreeze.checkpoint.tensors import Layout, hash_file, whole_directory, wri
 from litfreeze.errors import UsageError
 from litfreeze.hub import is_hub_name
 from litfreeze.tokenizer import TOKENIZER_FILES
+from litfreeze.version import __version__
 
 
 def write_checkpoint(
