@@ -11,8 +11,7 @@ from litfreeze.sizes import parse_size
 
 @dataclass
 class FrozenArgs:
-    """What makes a run cheap, most of it for what is frozen. What is learned is the same, but for freeze_quantize and a
-    cache_dtype that is not auto.
+    """What makes a run cheap. What is learned is the same, but for freeze_quantize and a cache_dtype that is not auto.
 
     Args:
         cache: Keep what comes out of the blocks below the lowest trained one, so that they run once per record: on

@@ -61,7 +61,7 @@ class Served:
         self.process.wait(30)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 40) -> object:
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> object:
     """What `condition` says, once it says something."""
     end = time.monotonic() + seconds
     while not (found := condition()):

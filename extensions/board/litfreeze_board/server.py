@@ -1,32 +1,21 @@
-"""The server: what its pages share, and how it starts."""
+"""The server: how it starts and ends."""
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from nicegui import app, ui
 
+from litfreeze_board.board import Board
 from litfreeze_board.guard import Guard
 from litfreeze_board.helper import Helper
+from litfreeze_board.pages import chat, frame, new, run, runs
 from litfreeze_board.places import Root
-
-
-@dataclass
-class Board:
-    """What all pages share: the root, the helpers, and the rankings that were made."""
-
-    root: Root
-    planner: Helper
-    ranker: Helper
-    rankings: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
 
 
 def serve(root: Path, host: str, port: int, token: Optional[str], told: str) -> None:
     """Serves the pages until Ctrl-C."""
-    from litfreeze_board.pages import chat, frame, new, run, runs
-
     for name in [name for name in os.environ if name.startswith("LITFREEZE_")]:
         del os.environ[name]  # they are this command's; what a page shows is the whole of what will run
     board = Board(Root(root), Helper(str(root)), Helper(str(root)))

@@ -9,11 +9,11 @@ from nicegui import ui
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import LitfreezeError
 from litfreeze_board import runs
+from litfreeze_board.board import Board
 from litfreeze_board.helper import Helper
 from litfreeze_board.pages import frame
 from litfreeze_board.pages.browse import Browser
 from litfreeze_board.results import left_by
-from litfreeze_board.server import Board
 
 
 def add(board: Board) -> None:

@@ -10,13 +10,13 @@ from nicegui.events import UploadEventArguments
 from litfreeze.errors import LitfreezeError, UsageError
 from litfreeze.freeze.layers import format_layers
 from litfreeze_board import runs
+from litfreeze_board.board import Board
 from litfreeze_board.draft import Draft
 from litfreeze_board.pages import frame
 from litfreeze_board.pages.fields import Fields
 from litfreeze_board.pages.layers import Layers
 from litfreeze_board.pages.planned import Planned
 from litfreeze_board.pages.suggest import Suggest
-from litfreeze_board.server import Board
 
 COPY = """(async () => {
   const text = %s;
@@ -119,7 +119,12 @@ class NewRun:
             return
         plan = found["plan"]
         about = plan["steps"], plan["layers"], found["model"]["n_layer"]
-        run = await aside.io_bound(runs.start, self.board.root.path, words, values["out_dir"], *about)
+        try:
+            run = await aside.io_bound(runs.start, self.board.root.path, words, values["out_dir"], *about)
+        except OSError as error:  # a full disk, a folder that takes no files
+            self._refuse(f"The run could not be started: {error}.")
+            self.start.enable()
+            return
         ui.navigate.to(f"/runs/{run.id}")
 
     def _copy(self) -> None:
@@ -205,10 +210,10 @@ class NewRun:
                 for method in found["unranked"]:
                     waiting.set_text(f"Ranking by {method} …")
                     ranking = await self.suggest.ranking(method)
+                    waiting.set_text("Counting …")
                     if ranking is None:
                         return {"model": found["model"], "refused": self.suggest.told.text}
                     rankings[method] = ranking
-                waiting.set_text("Counting …")
         except LitfreezeError as error:
             return {"model": self.model, "refused": str(error)}
 

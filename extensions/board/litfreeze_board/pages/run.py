@@ -12,12 +12,12 @@ from nicegui import run as aside
 from litfreeze.errors import UsageError
 from litfreeze.outputs import RECIPE
 from litfreeze_board import runs
+from litfreeze_board.board import Board
 from litfreeze_board.curves import Table, end_of, error_of, last_looks, progress
 from litfreeze_board.figures import duration, looks_html
 from litfreeze_board.pages import frame
 from litfreeze_board.pages.charts import chart, draw, line
 from litfreeze_board.results import Left, left_by
-from litfreeze_board.server import Board
 
 STOPPING = "It ends its step, keeps where it stands and says how to go on."
 

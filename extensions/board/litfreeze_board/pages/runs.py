@@ -8,12 +8,12 @@ from typing import Any
 from nicegui import run as aside
 from nicegui import ui
 
+from litfreeze_board.board import Board
 from litfreeze_board.curves import Table, progress
 from litfreeze_board.figures import duration
 from litfreeze_board.pages import frame
 from litfreeze_board.pages.charts import chart, draw, line
 from litfreeze_board.runs import Run, all_runs
-from litfreeze_board.server import Board
 
 COLUMNS = {
     "run": "run", "state": "state", "layers": "blocks", "step": "step", "loss": "loss", "val": "validation loss",

@@ -9,8 +9,8 @@ from nicegui import ui
 from litfreeze.choose.words import METHODS
 from litfreeze.errors import LitfreezeError
 from litfreeze.freeze.layers import format_layers
+from litfreeze_board.board import Board
 from litfreeze_board.draft import Draft
-from litfreeze_board.server import Board
 
 # a ranking depends on these and on the data, as far as a form tells it
 BEHIND = ("checkpoint_dir", "base_dir", "task", "seed", "train.micro_batch_size", "accelerator", "precision")
