@@ -22,12 +22,13 @@ from litfreeze.checkpoint.convert.hf import HF_WEIGHTS
 from litfreeze.checkpoint.convert.peft import PEFT_WEIGHTS
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.manifest import MANIFEST, STEMS
-from litfreeze.checkpoint.tensors import fsync, read_index
+from litfreeze.checkpoint.tensors import read_index
 from litfreeze.config import Config
 from litfreeze.errors import LitfreezeError, UsageError
 from litfreeze.hub import HINT, NAME, is_hub_name, library
 from litfreeze.sizes import megabytes
 from litfreeze.tokenizer import TOKENIZER_FILES
+from litfreeze.whole import check_new_directory, fsync
 
 SNAPSHOT = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
 
@@ -140,8 +141,8 @@ def download(name: str, out_dir: Optional[Path] = None) -> Path:
     has no room or `out_dir` holds something; RunError if the network fails."""
     if not is_hub_name(name):
         raise UsageError(f"{name!r} is no name on the Hugging Face Hub. Write ORG/NAME, or ORG/NAME@REVISION.")
-    if out_dir is not None and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UsageError(f"--out_dir {out_dir} is not empty. Choose another, or move it away.")
+    if out_dir is not None:
+        check_new_directory(out_dir)
     hub = library()
     repo, revision = NAME.fullmatch(name).groups()
     with talking(name):

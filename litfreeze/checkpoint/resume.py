@@ -15,18 +15,12 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from litfreeze.checkpoint.tensors import (
-    TensorFile,
-    remove_directory,
-    sha256,
-    whole_directory,
-    write_tensors,
-    write_text,
-)
+from litfreeze.checkpoint.tensors import TensorFile, sha256, write_tensors
 from litfreeze.errors import UsageError
 from litfreeze.json_file import read_json
 from litfreeze.outputs import FINAL, RESUME, kept_steps, step_name
 from litfreeze.shards import Run, part, put, shape, spread, whole
+from litfreeze.whole import remove_directory, whole_directory, write_text
 
 STATE, FACTS = "state", "resume.json"
 WEIGHT = "weight"  # beside the optimizers' own words: exp_avg, exp_avg_sq, step; momentum_buffer; state1, absmax1, ...

@@ -9,9 +9,10 @@ from tqdm import tqdm
 from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint, weights_hash
 from litfreeze.checkpoint.manifest import MANIFEST
 from litfreeze.checkpoint.resume import points, read_facts
-from litfreeze.checkpoint.tensors import hash_file, sha256
+from litfreeze.checkpoint.tensors import sha256
 from litfreeze.errors import UsageError
 from litfreeze.outputs import BEST, FINAL, MERGED_BASE, kept_steps
+from litfreeze.whole import hash_file
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.directory import Checkpoint, identity, weights_hash
 from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.manifest import FORMAT, MANIFEST, STEMS, TRAINED, WHOLE
-from litfreeze.checkpoint.tensors import Layout, hash_file, whole_directory, write_tensors, write_text
+from litfreeze.checkpoint.tensors import Layout, write_tensors
 from litfreeze.errors import UsageError
 from litfreeze.hub import is_hub_name
 from litfreeze.tokenizer import TOKENIZER_FILES
 from litfreeze.version import __version__
+from litfreeze.whole import hash_file, whole_directory, write_text
 
 
 def write_checkpoint(

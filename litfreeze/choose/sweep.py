@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from litfreeze.aligned import aligned
-from litfreeze.checkpoint.tensors import write_text
 from litfreeze.errors import RunError, UsageError
 from litfreeze.json_file import read_json
 from litfreeze.outputs import RESULTS
 from litfreeze.picture import save_picture
 from litfreeze.sizes import megabytes
+from litfreeze.whole import write_text
 
 ALIKE = 0.02  # of what the best candidate gained: nearer than this is as good
 

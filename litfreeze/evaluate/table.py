@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from litfreeze.aligned import aligned
-from litfreeze.checkpoint.tensors import write_text
 from litfreeze.train.outcome import Scores
+from litfreeze.whole import write_text
 
 
 def describe(figures: Sequence[dict[str, Any]]) -> str:

@@ -12,13 +12,13 @@ from typing import Any, Union, get_args, get_type_hints
 
 import yaml
 
-from litfreeze.checkpoint.tensors import write_text
 from litfreeze.cli import SHORT, arguments, expected, options_of, read_yaml, unknown_option
 from litfreeze.errors import UsageError, did_you_mean
 from litfreeze.finetune import full, lora
 from litfreeze.finetune.setting import plain
 from litfreeze.prefix.folder import default_cache_dir
 from litfreeze.train.job import Result
+from litfreeze.whole import write_text
 
 SCRIPTS = {"full": full.setup, "lora": lora.setup}
 DATA = ("data.path", "data.val_path")

@@ -41,14 +41,14 @@ def setup(
     from litfreeze.generate.classes import likeliest, probabilities
     from litfreeze.launch import build_fabric
     from litfreeze.precision import inference_precision
+    from litfreeze.whole import check_new_file
 
     data = data if isinstance(data, TextArgs) else TextArgs(path=Path(data))
     if (text is None) == (data.path is None):
         raise UsageError("Say what to classify: either --text '…', or --data and a file of texts.")
     if out_csv is not None and data.path is None:
         raise UsageError("--out_csv is for the answers to --data.")
-    if out_csv is not None and (Path(out_csv).is_dir() or not Path(out_csv).parent.is_dir()):
-        raise UsageError(f"--out_csv {out_csv} must name a file, in a folder that is there.")
+    check_new_file("out_csv", out_csv)
     if top != TOP and data.path is not None:
         raise UsageError("--top is for --text; --out_csv has the likeliest class of each and its probability.")
     if top < 1:
@@ -126,7 +126,7 @@ def _write(path: Path, rows: Iterable[tuple[str, str, str, float]]) -> None:
     import csv
     import io
 
-    from litfreeze.checkpoint.tensors import write_text
+    from litfreeze.whole import write_text
 
     written = io.StringIO(newline="")
     table = csv.writer(written, lineterminator="\n")

@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Optional
 
-from litfreeze.checkpoint.tensors import write_text
 from litfreeze.data.formats import Message
 from litfreeze.errors import UsageError, did_you_mean
 from litfreeze.generate.answer import Answer, Answerer
 from litfreeze.generate.sample import Sampling
+from litfreeze.whole import write_text
 
 ROOM = 4  # of the context, a fourth is kept for the answer, if so much is asked for
 

@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from litfreeze.checkpoint.tensors import SAFETENSORS_DTYPES, as_bytes, fsync, nbytes, write_tensors, write_text
+from litfreeze.checkpoint.tensors import SAFETENSORS_DTYPES, as_bytes, nbytes, write_tensors
 from litfreeze.errors import UsageError
 from litfreeze.prefix.folder import ABOUT, SHARDS, hold, sweep, touch
 from litfreeze.version import __version__
+from litfreeze.whole import fsync, write_text
 
 SHARD = 64 * 1024**2  # bytes of rows that are collected in memory before they are written
 

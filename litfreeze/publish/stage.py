@@ -9,10 +9,10 @@ from typing import Any, Optional
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.hub import needed_files
 from litfreeze.checkpoint.manifest import MANIFEST
-from litfreeze.checkpoint.tensors import whole_directory, write_text
 from litfreeze.checkpoint.write import write_hf, write_peft
 from litfreeze.json_file import read_json
 from litfreeze.publish.public import public_manifest
+from litfreeze.whole import whole_directory, write_text
 
 FORMS = ("hf", "peft", "litfreeze")
 

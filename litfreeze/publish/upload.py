@@ -80,6 +80,7 @@ def _check(checkpoint, form: str, repo_id: str, base_model: Optional[str], base:
     """Raises UsageError for what can be known to be wrong before anything is written or asked."""
     from litfreeze.errors import UsageError
     from litfreeze.hub import NAME
+    from litfreeze.whole import check_new_directory
 
     named = NAME.fullmatch(repo_id)
     if named is None or named[2]:
@@ -101,5 +102,5 @@ def _check(checkpoint, form: str, repo_id: str, base_model: Optional[str], base:
             f"{checkpoint.path} adapts {checkpoint.base.path}, which nobody else has. Name it as it is on the Hub with "
             "--base_model ORG/NAME."
         )
-    if out_dir is not None and Path(out_dir).exists() and (not Path(out_dir).is_dir() or any(Path(out_dir).iterdir())):
-        raise UsageError(f"--out_dir {out_dir} is not empty. Choose another, or move it away.")
+    if out_dir is not None:
+        check_new_directory(Path(out_dir))

@@ -11,13 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
-from litfreeze.checkpoint.tensors import write_text
 from litfreeze.errors import UsageError
 from litfreeze.freeze.layers import format_layers
 from litfreeze.json_file import read_json
 from litfreeze.outputs import LOGGER
 from litfreeze.train.job import Job
 from litfreeze.train.loggers import LOGGERS, PATIENCE, Row, Run, short
+from litfreeze.whole import write_text
 
 NEEDS = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 

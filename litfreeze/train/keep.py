@@ -13,7 +13,6 @@ from typing import Any, Optional
 from torch import Tensor
 
 from litfreeze.checkpoint.resume import Point, newest_point, points, weights_of, write_point
-from litfreeze.checkpoint.tensors import clean_directory, remove_directory, replace_directory, write_text
 from litfreeze.checkpoint.trained import Proof, write_trained
 from litfreeze.data.hf_datasets import is_on_hub
 from litfreeze.data.split import Samples
@@ -27,6 +26,7 @@ from litfreeze.sizes import megabytes
 from litfreeze.train.job import Job
 from litfreeze.train.outcome import Outcome, Scores
 from litfreeze.train.schedule import Schedule
+from litfreeze.whole import clean_directory, remove_directory, replace_directory, write_text
 
 KEPT = 2  # checkpoints on the way, and points to go on from, unless said: if the last is damaged, one is behind it
 

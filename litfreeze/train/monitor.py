@@ -13,11 +13,11 @@ from typing import Any, Optional, Union
 
 from tqdm import tqdm
 
-from litfreeze.checkpoint.tensors import write_text
 from litfreeze.train.aside import Aside
 from litfreeze.train.loggers import PATIENCE, numbers
 from litfreeze.train.outcome import Scores
 from litfreeze.train.watch import Seen
+from litfreeze.whole import write_text
 
 COLUMNS = (
     "step", "epoch", "lr", "train_loss", "grad_norm", "tokens", "tokens_per_second", "seconds",

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from litfreeze.checkpoint.hub import origin
-from litfreeze.checkpoint.tensors import write_text
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.confusion import table
 from litfreeze.data.shelf import learned_of, lengths_of
@@ -37,6 +36,7 @@ from litfreeze.train.pictures import draw_blocks, draw_confusion, draw_losses
 from litfreeze.train.schedule import Schedule
 from litfreeze.train.speed import measure_speed
 from litfreeze.train.watch import ROWS, Seen
+from litfreeze.whole import write_text
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,11 @@ from litfreeze.checkpoint.tensors import (
     TensorFile,
     is_mapped,
     pieces,
-    replace_directory,
-    settle_directory,
     sha256,
-    whole_directory,
     write_tensors,
-    write_text,
 )
 from litfreeze.errors import UsageError
+from litfreeze.whole import replace_directory, settle_directory, whole_directory, write_text
 
 
 def raw(tensor):

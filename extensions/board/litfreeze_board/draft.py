@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Optional
 
 from litfreeze.__main__ import COMMANDS
-from litfreeze.checkpoint.tensors import write_text
 from litfreeze.errors import UsageError
 from litfreeze.outputs import RECIPE
+from litfreeze.whole import write_text
 from litfreeze_board import runs
 from litfreeze_board.options import Form, field_of
 

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Optional
 
-from litfreeze.checkpoint.tensors import write_text
 from litfreeze.errors import UsageError
 from litfreeze.outputs import FINAL, RESULTS, RESUME, RUNS, kept_steps
+from litfreeze.whole import write_text
 
 STATE = Path("out/board")
 State = Literal["running", "stopping", "done", "stopped", "failed"]

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litfreeze.checkpoint.tensors import PIECE, map_bytes, pieces, whole_file
+from litfreeze.checkpoint.tensors import PIECE, map_bytes, pieces
 from litfreeze.errors import UsageError
+from litfreeze.whole import whole_file
 
 try:  # whoever uses GGUF comes by here first
     import gguf

@@ -14,10 +14,10 @@ from typing import Any, Optional
 
 import sentencepiece
 
-from litfreeze.checkpoint.tensors import write_text
 from litfreeze.errors import UsageError
 from litfreeze.json_file import read_json
 from litfreeze.tokenizer import Tokenizer
+from litfreeze.whole import write_text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 SPACE = "▁"
