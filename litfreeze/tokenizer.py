@@ -169,6 +169,12 @@ class Tokenizer:
         """Ids that `decode` leaves out by default."""
         return self._backend.special_ids()
 
+    def ends(self, stops: Sequence[str]) -> tuple[list[int], list[str]]:
+        """What ends an answer that is to end before `stops`: ids, `eos_ids` and those of the special tokens among them,
+        which no decoded text shows; and the texts that are left."""
+        found = {text: i for text in stops if (i := self._backend.token_to_id(text)) in self.special_ids}
+        return [*self.eos_ids, *found.values()], [text for text in stops if text not in found]
+
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
     ) -> str:
