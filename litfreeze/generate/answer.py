@@ -47,7 +47,7 @@ class Answerer:
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
         """What the model reads before it answers `messages`. Raises UsageError if the style cannot put them."""
-        tokens = self.tokenizer.encode(self.prompt.for_generation(messages))
+        tokens = self.prompt.encode([self.prompt.for_generation(messages)])[0]
         self.checkpoint.check_tokens(tokens)
         return tokens
 
