@@ -251,8 +251,9 @@ def _sentencepiece_model(
     size = model.vocab_size()
     tokens = {i: model.id_to_piece(i) for i in range(size)}
     kinds = {i: UNKNOWN if model.is_unknown(i) else UNUSED if model.is_unused(i) else NORMAL for i in tokens}
-    for i in tokenizer.special_ids:
-        tokens[i], kinds[i] = tokenizer.decode([i], skip_special_tokens=False), CONTROL
+    for i in {*tokenizer.special_ids, *range(size, tokenizer.vocab_size)}:
+        if (text := tokenizer.token(i)) is not None:
+            tokens[i], kinds[i] = text, CONTROL if i in tokenizer.special_ids else USER_DEFINED
     scores = {tokens[i]: model.get_score(i) for i in range(size)}
     probe = model.normalize("  ﬁ x ")
     spaced = probe == f"{SPACE * 3}ﬁ{SPACE}x{SPACE}"
