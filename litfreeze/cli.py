@@ -13,6 +13,7 @@ from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import is_dataclass
+from functools import wraps
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -25,6 +26,7 @@ import yaml
 from jsonargparse import _loaders_dumpers
 
 from litfreeze.errors import UsageError, did_you_mean
+from litfreeze.texts import FREE, read_texts
 from litfreeze.version import __version__
 
 SHORT = {"data": "data.path"}  # `--data FILE`, and `data: FILE` in a file
@@ -156,9 +158,12 @@ class Parser(jsonargparse.ArgumentParser):
         self.add_function_arguments(function, as_group=False, skip=set(self.flat))
         for group in self.flat.values():
             self.add_class_arguments(group, as_group=False)
+        hints = get_type_hints(function, include_extras=True)
         for action in self._actions:  # kept out of the help: `--train CONFIG` and `--trainable_layers+`
             action.help = SUPPRESS if action.metavar == "CONFIG" else action.help
             action.option_strings = [word for word in action.option_strings if not word.endswith("+")]
+            if FREE in getattr(hints.get(action.dest), "__metadata__", ()):  # before YAML reads it
+                action._check_type, action._typehint = with_texts(action._check_type), self.options[action.dest]
 
     def gathered(self, values: jsonargparse.Namespace) -> dict[str, Any]:
         """The function's arguments of what was parsed and instantiated, flat groups made."""
@@ -349,6 +354,16 @@ def read_yaml(text: str, path: str = "") -> Any:
     if not isinstance(content, dict):
         raise UsageError("not lines of 'option: value', as --print_config writes them.")
     return {SHORT.get(name, name) if isinstance(value, str) else name: value for name, value in content.items()}
+
+
+def with_texts(check: Callable[..., Any]) -> Callable[..., Any]:
+    """jsonargparse's reading of a value, for an option of type `Texts`."""
+
+    @wraps(check)
+    def read(value: Any, *rest: Any, **named: Any) -> Any:
+        return check(read_texts(value), *rest, **named)
+
+    return read
 
 
 def read_path(text: str) -> Path:

@@ -80,9 +80,10 @@ class Tokenizer:
         if (path / "tokenizer.json").is_file():
             backend = _TokenizersBackend(path / "tokenizer.json")
         elif (path / "tokenizer.model").is_file():
-            added = {text: int(i) for text, i in _read_json(path / "added_tokens.json").items()}
+            named = {*special.values(), *_texts(names.get("additional_special_tokens") or [])}
+            added = {text: (int(i), text in named) for text, i in _read_json(path / "added_tokens.json").items()}
             for i, token in config.get("added_tokens_decoder", {}).items():
-                added[token["content"]] = int(i)
+                added[token["content"]] = int(i), token.get("special", False)
             backend = _SentencePieceBackend(path / "tokenizer.model", added, config)
             special = backend.named_tokens | special
         else:
@@ -168,6 +169,16 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode` leaves out by default."""
         return self._backend.special_ids()
+
+    def token(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it; None if there is none of that id."""
+        return self._backend.id_to_token(token_id)
+
+    def ends(self, stops: Sequence[str]) -> tuple[list[int], list[str]]:
+        """What ends an answer that is to end before `stops`: ids, `eos_ids` and those of the special tokens among them,
+        which no decoded text shows; and the texts that are left."""
+        found = {text: i for text in stops if (i := self._backend.token_to_id(text)) in self.special_ids}
+        return [*self.eos_ids, *found.values()], [text for text in stops if text not in found]
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
@@ -271,9 +282,10 @@ class _TokenizersBackend:
 
 
 class _SentencePieceBackend:
-    """SentencePiece knows no special token inside a text, so the text is cut at them here."""
+    """SentencePiece knows no special or added token inside a text, so the text is cut at them here. `added` has ids by
+    text, and whether the token is a special one, which a decoded text lacks."""
 
-    def __init__(self, path: Path, added: dict[str, int], config: dict[str, Any]):
+    def __init__(self, path: Path, added: dict[str, tuple[int, bool]], config: dict[str, Any]):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:
@@ -283,9 +295,11 @@ class _SentencePieceBackend:
         named = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         self.named_tokens = {name: model.id_to_piece(i) for name, i in named.items() if i >= 0}
         controls = {model.id_to_piece(i): i for i in range(self._size) if model.is_control(i)}
-        self._special = {**controls, **added}
-        self._texts = {i: text for text, i in self._special.items()}
-        texts = sorted(self._special, key=len, reverse=True)
+        self._whole = {**controls, **{text: i for text, (i, _) in added.items()}}
+        self._special = frozenset(controls.values()) | {i for i, is_special in added.values() if is_special}
+        # Any other that is a piece of the model's own is decoded by it
+        self._texts = {i: text for text, i in self._whole.items() if i in self._special or i >= self._size}
+        texts = sorted(self._whole, key=len, reverse=True)
         self._cut = re.compile("(" + "|".join(map(re.escape, texts)) + ")") if texts else None
         # Llama's convention, where the files say nothing: BOS before a text and no EOS behind it.
         self._bos = [model.bos_id()] if config.get("add_bos_token", True) and model.bos_id() >= 0 else []
@@ -300,8 +314,8 @@ class _SentencePieceBackend:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for i, piece in enumerate(self._cut.split(text) if self._cut else [text]):
-            if piece in self._special:
-                ids.append(self._special[piece])
+            if piece in self._whole:
+                ids.append(self._whole[piece])
             elif i == 0 or not self._newline:
                 ids += self._model.encode(piece)
             else:  # only the start of a text gets a space before it
@@ -314,7 +328,7 @@ class _SentencePieceBackend:
             if i is not None and i not in self._texts:
                 run.append(i)
                 continue
-            if i is not None and skip_special_tokens:
+            if skip_special_tokens and i in self._special:
                 continue
             if texts and self._newline:
                 texts.append(self._model.decode(self._newline + run)[1:])
@@ -326,8 +340,8 @@ class _SentencePieceBackend:
         return "".join(texts)
 
     def token_to_id(self, token: str) -> int | None:
-        if token in self._special:
-            return self._special[token]
+        if token in self._whole:
+            return self._whole[token]
         token_id = self._model.piece_to_id(token)
         return token_id if self._model.id_to_piece(token_id) == token else None
 
@@ -337,15 +351,20 @@ class _SentencePieceBackend:
         return self._model.id_to_piece(token_id) if 0 <= token_id < self._size else None
 
     def special_ids(self) -> frozenset[int]:
-        return frozenset(self._texts)
+        return self._special
 
     def vocab_size(self) -> int:
-        return max(self._size - 1, *self._texts) + 1
+        return max([self._size - 1, *self._texts]) + 1
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file."""
     return read_json(path) if path.is_file() else {}
+
+
+def _texts(tokens: Sequence[Any]) -> list[str]:
+    """Tokens as a file names them: as texts, or as mappings with their `content`."""
+    return [token["content"] if isinstance(token, dict) else token for token in tokens]
 
 
 def _read_text(path: Path) -> str:

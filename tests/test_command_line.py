@@ -142,6 +142,23 @@ def test_numbers_lists_and_mappings(tmp_path):
     assert small("--extra", text)["extra"] == small(config(tmp_path, f"extra: {text}"))["extra"] == expected
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_stop_in_brackets_is_a_text_unless_it_is_json(command, tmp_path, monkeypatch):
+    def stop(*words):
+        return parse([command, *words], COMMANDS)[1]["stop"]
+
+    for text in ("[INST]", "[<|im_end|>]", "[Q, A]", "[", "[1]", "['a']"):
+        assert stop("--stop", text) == stop(config(tmp_path, f"stop: {json.dumps(text)}")) == [text]
+    for texts in (["[INST]", "###"], ["null", "1"], ["\x7f", "😀"], []):
+        for written in (json.dumps(texts), json.dumps(texts, ensure_ascii=False)):
+            assert stop("--stop", written) == texts
+    assert stop("--stop", "###") == "###" and stop("--stop", "null") is None
+    assert stop(config(tmp_path, "stop: [INST, '###']")) == ["INST", "###"]
+    monkeypatch.setenv("LITFREEZE_STOP", "[INST]")
+    assert stop() == ["[INST]"] and stop("--stop", "x") == "x"
+    assert "Union[str, list[str], null]" in " ".join(parse([command, "--help"], COMMANDS)[1]["text"].split())
+
+
 # ---- words without an option ----
 
 

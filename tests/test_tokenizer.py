@@ -161,6 +161,31 @@ def test_added_tokens_of_sentencepiece_models_are_known(tmp_path):
     assert tokenizer.decode(ids, skip_special_tokens=False) == "the fox<|im_end|>hello"
 
 
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_that_are_not_special_stay_in_the_text_as_in_transformers(tmp_path, where):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    config = {**CONFIG, "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer", "legacy": False}
+    added = {"<unk>": 0, "<s>": 1, "</s>": 2, "<think>": 330, "<|end|>": 331}
+    special = {"<unk>", "<s>", "</s>"} | ({"<|end|>"} if where == "tokenizer_config.json" else set())
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    if where == "tokenizer_config.json":
+        config["added_tokens_decoder"] = {
+            str(i): {"content": text, "special": text in special, **plain} for text, i in added.items()
+        }
+    write_sentencepiece(tmp_path, config)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<think>": 330, "<|end|>": 331}), encoding="utf-8")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_dir(tmp_path)
+    for text in ("hello <think> the fox", "<s><think>the<|end|> dog</s>", "the<think><think>"):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        stream = ours.stream()
+        said = "".join(map(stream.push, ids)) + stream.finish()
+        assert said == ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) and "<think>" in said
+    assert ours.vocab_size == 332
+
+
 def test_saved_truncation_and_padding_do_not_act(byte_level):
     assert len(byte_level.encode("fox " * 50)) > 50
     assert len(byte_level.encode("f")) == 1

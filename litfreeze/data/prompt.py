@@ -21,7 +21,8 @@ _PLACEHOLDER = "litfreeze-content-5b1e9f"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt style for one tokenizer. The texts it makes are complete: encode them without adding special tokens.
+    """A prompt style for one tokenizer. `encode` makes tokens of the beginning of a text; what follows it is encoded
+    without adding special tokens.
 
     Attributes:
         style: One of `STYLES`.
@@ -97,6 +98,13 @@ class Prompt:
             return self._template_segments(messages)
         return self._style_segments(messages)
 
+    def encode(self, beginnings: Sequence[str]) -> list[list[int]]:
+        """Tokens of texts of `for_generation`, or of first segments: a style has BOS before them if the tokenizer adds
+        it, a chat template writes its own. It is no part of the text, since some tokenizers put a space only before the
+        very first word."""
+        begins = [self.tokenizer.bos_id] if self.style != "chat_template" and self.tokenizer.adds_bos else []
+        return [begins + ids for ids in self.tokenizer.encode_batch(beginnings)]
+
     def for_generation(self, messages: Sequence[Message]) -> str:
         """The text after which the model writes the assistant's next turn."""
         if self.style == "chat_template":
@@ -117,7 +125,7 @@ class Prompt:
     def _style_segments(self, messages: Sequence[Message]) -> list[Segment]:
         style = _STYLES[self.style]
         segments: list[Segment] = []
-        given = self.tokenizer.bos_token if self.tokenizer.adds_bos else ""
+        given = ""
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 segments += [(given + style.opens, False), (message["content"] + self._end(style.closes), True)]

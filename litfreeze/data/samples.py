@@ -107,7 +107,7 @@ def _read_samples(
                 counts.met(record, error)
         if counts.bad and args.bad_records == "stop":
             continue  # only to count the others
-        for sample in _conversation_samples(conversations, args, tokenizer, max_seq_length, counts):
+        for sample in _conversation_samples(conversations, args, prompt, max_seq_length, counts):
             made.add(sample)
         for sample in windows.of(texts, counts):
             made.add(sample, late=True)
@@ -130,13 +130,13 @@ def _responses(conversation: list[Message] | str) -> list[str]:
 def _conversation_samples(
     conversations: Sequence[tuple[list[Segment], str]],
     args: DataArgs,
-    tokenizer: Tokenizer,
+    prompt: Prompt,
     max_seq_length: int,
     counts: Counts,
 ) -> Iterator[Sample]:
-    openings = tokenizer.encode_batch([segments[0][0] for segments, _ in conversations])
+    openings = prompt.encode([segments[0][0] for segments, _ in conversations])
     others = [text for segments, _ in conversations for text, _ in segments[1:]]
-    encoded = iter(tokenizer.encode_batch(others, continues=True))
+    encoded = iter(prompt.tokenizer.encode_batch(others, continues=True))
     for (segments, source), opening in zip(conversations, openings, strict=True):
         tokens, labels = [], []
         response = None

@@ -133,8 +133,9 @@ class Ours(TemplateLM):
         if room < 1:
             raise UsageError(f"A task asks for answers of {count} tokens; this model has {self.max_length} positions.")
         tokens = self.tok_encode(context)[-room:]
-        new = generate_tokens(self.model, tokens, count, self.tokens.eos_ids, sampling, seed)
-        return "".join(until(self.tokens.stream(), new, stops))
+        stop_ids, texts = self.tokens.ends(stops)
+        new = generate_tokens(self.model, tokens, count, stop_ids, sampling, seed)
+        return "".join(until(self.tokens.stream(), new, texts))
 
 
 def load_tasks(names: Sequence[str], include_path: Optional[Path], num_fewshot: Optional[int]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Answerer:
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
         """What the model reads before it answers `messages`. Raises UsageError if the style cannot put them."""
-        tokens = self.tokenizer.encode(self.prompt.for_generation(messages))
+        tokens = self.prompt.encode([self.prompt.for_generation(messages)])[0]
         self.checkpoint.check_tokens(tokens)
         return tokens
 
@@ -73,8 +73,9 @@ class Answer:
         self.tokens = 0
         self.finish_reason: Optional[str] = None
         self._most = min(max_new_tokens, answerer.checkpoint.config.block_size - len(tokens))
-        drawn = generate_tokens(answerer.model, tokens, self._most, answerer.tokenizer.eos_ids, sampling, seed)
-        self._pieces = until(answerer.tokenizer.stream(), self._counted(drawn), list(stops))
+        stop_ids, texts = answerer.tokenizer.ends(stops)
+        drawn = generate_tokens(answerer.model, tokens, self._most, stop_ids, sampling, seed)
+        self._pieces = until(answerer.tokenizer.stream(), self._counted(drawn), texts)
 
     def __iter__(self) -> Iterator[str]:
         stopped = yield from self._pieces

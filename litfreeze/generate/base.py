@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
-from typing import Literal, Optional, Union
+from typing import Literal, Optional
+
+from litfreeze.texts import Texts
 
 DEFAULT_PROMPT = "Book a table for"
 
@@ -15,7 +17,7 @@ def setup(
     temperature: float = 0.0,
     top_k: Optional[int] = None,
     top_p: float = 1.0,
-    stop: Union[str, list[str], None] = None,
+    stop: Texts = None,
     prompt_style: Optional[str] = None,
     system: Optional[str] = None,
     precision: Optional[Literal["32-true", "bf16-true"]] = None,
@@ -35,7 +37,7 @@ def setup(
         temperature: 0 takes the likeliest token; higher is more varied.
         top_k: Draw among the k likeliest tokens only.
         top_p: Draw among the likeliest tokens that together reach this probability.
-        stop: Also end before this text, or any of a list of texts.
+        stop: Also end before this text, or any of a list: ["###", "<|im_end|>"]. It may be a special token.
         prompt_style: chat_template, alpaca, chatml, llama3 or plain.
         system: A system message before the prompt.
         precision: By default 32-true on a CPU and bf16-true on a GPU that has it.

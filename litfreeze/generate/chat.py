@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal, Optional, Union
 
+from litfreeze.texts import Texts
+
 
 def setup(
     checkpoint_dir: Optional[Path] = None,
@@ -13,7 +15,7 @@ def setup(
     temperature: float = 0.0,
     top_k: Optional[int] = None,
     top_p: float = 1.0,
-    stop: Union[str, list[str], None] = None,
+    stop: Texts = None,
     prompt_style: Optional[str] = None,
     precision: Optional[Literal["32-true", "bf16-true"]] = None,
     accelerator: str = "auto",
@@ -34,7 +36,7 @@ def setup(
         temperature: 0 takes the likeliest token; higher is more varied.
         top_k: Draw among the k likeliest tokens only.
         top_p: Draw among the likeliest tokens that together reach this probability.
-        stop: Also end an answer before this text, or any of a list of texts.
+        stop: Also end an answer before this text, or any of a list: ["###", "<|im_end|>"].
         prompt_style: chat_template, alpaca, chatml, llama3 or plain; by default as for generate.
         precision: By default 32-true on a CPU and bf16-true on a GPU that has it.
         accelerator: cpu, cuda, mps or auto.

@@ -17,8 +17,8 @@ COLD = 1e-6  # a temperature below this is greedy in all but name, and would div
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. `temperature` 0 is greedy; `top_k` keeps the k likeliest tokens, `top_p` the fewest
-    whose probabilities reach p (nucleus sampling, Holtzman et al., arXiv 1904.09751). Raises UsageError if out of
-    range."""
+    of those whose share of their probability reaches p (nucleus sampling, Holtzman et al., arXiv 1904.09751), as in
+    transformers, vLLM and llama.cpp. Raises UsageError if out of range."""
 
     temperature: float = 0.0
     top_k: Optional[int] = None
@@ -38,9 +38,9 @@ class Sampling:
             return int(logits.argmax())
         probabilities = (logits.float() / self.temperature).softmax(-1).cpu()
         ordered, ids = probabilities.sort(descending=True)
+        if self.top_k is not None:  # before top_p, which is a share of what is left
+            ordered = ordered[: self.top_k] / ordered[: self.top_k].sum()
         keep = ordered.cumsum(-1) - ordered < self.top_p  # the token that crosses p stays
-        if self.top_k is not None:
-            keep[self.top_k :] = False
         return int(ids[torch.multinomial(ordered * keep, 1, generator=generator)])
 
 

@@ -1,11 +1,19 @@
 """Messages to text, and which parts of it are learned."""
 
+import json
+
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
 
+from litfreeze.data.args import DataArgs
 from litfreeze.data.prompt import STYLES, Prompt
+from litfreeze.data.samples import load_samples
 from litfreeze.errors import UsageError
+from litfreeze.tokenizer import Tokenizer
 
 CHATML = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
 Be kind.<|im_end|>
@@ -157,24 +165,24 @@ def test_a_template_that_hides_the_answer_is_told(make_tokenizer):
 
 
 def test_styles(make_tokenizer):
-    tokenizer = make_tokenizer(bos=True)
+    tokenizer = make_tokenizer(bos=True)  # which is no part of the text
     chat = [{"role": "system", "content": "s"}, *CHAT]
     expected = {
         "alpaca": [
-            ("<s>s\n\n### Instruction:\nq1\n\n### Response:\n", False),
+            ("s\n\n### Instruction:\nq1\n\n### Response:\n", False),
             ("a1</s>", True),
             ("\n\n### Instruction:\nq2\n\n### Response:\n", False),
             ("a2</s>", True),
         ],
         "chatml": [
-            ("<s><|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n", False),
+            ("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n", False),
             ("a1<|im_end|></s>", True),
             ("\n<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n", False),
             ("a2<|im_end|></s>", True),
         ],
         "llama3": [
             (
-                "<s><|start_header_id|>system<|end_header_id|>\n\ns<|eot_id|><|start_header_id|>user<|end_header_id|>"
+                "<|start_header_id|>system<|end_header_id|>\n\ns<|eot_id|><|start_header_id|>user<|end_header_id|>"
                 "\n\nq1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
                 False,
             ),
@@ -186,7 +194,7 @@ def test_styles(make_tokenizer):
             ),
             ("a2<|eot_id|></s>", True),
         ],
-        "plain": [("<s>s\nq1", False), ("a1</s>", True), ("q2", False), ("a2</s>", True)],
+        "plain": [("s\nq1", False), ("a1</s>", True), ("q2", False), ("a2</s>", True)],
     }
     for style, segments in expected.items():
         prompt = Prompt.choose(style, None, tokenizer)
@@ -221,6 +229,59 @@ def test_what_is_generated_from_is_what_was_trained_on(make_tokenizer, messages,
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     for part, answer in zip(learned(prompt, messages), answers, strict=True):
         assert part.startswith(answer) and part.endswith("</s>")
+
+
+@pytest.mark.parametrize("kind", ["first", "always", "never", "tokenizer.model"])
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_style_is_read_as_transformers_reads_its_text(tmp_path, kind, bos):
+    """Tokenizers of SentencePiece's kind, which differ in where they put a space before a word."""
+    from transformers import AutoTokenizer
+
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": bos}
+    if kind == "tokenizer.model":
+        names |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+        write_sentencepiece_model(tmp_path)
+    else:
+        write_metaspace(tmp_path, kind, bos)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    theirs, tokenizer = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_dir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "the fox", "completion": "a1"}', encoding="utf-8")
+    for style in STYLES[1:]:
+        prompt = Prompt(style, tokenizer)
+        text = prompt.for_generation([user("the fox")])
+        expected = theirs(text)["input_ids"]
+        assert expected[:1] == [1] or not bos
+        assert prompt.encode([text]) == [expected]
+        (sample,) = load_samples(DataArgs(tmp_path / "a.jsonl", val_split_fraction=0.0), tokenizer, prompt, 512).train
+        assert sample.prompt_tokens.tolist() == expected
+
+
+def write_metaspace(path, scheme, bos):
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"the", "▁t", "▁th", "▁the", "th"]
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("t", "h")]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in tokens[:3]])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(path / "tokenizer.json"))
+
+
+def write_sentencepiece_model(path):
+    corpus = path / "corpus"
+    corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 4, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(path / "tokenizer"),
+        vocab_size=310,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
 
 
 # The choice

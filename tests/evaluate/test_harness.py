@@ -1,6 +1,7 @@
 """lm-eval's tasks through our model: what its own HFLM gets from transformers, we get too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,21 @@ def test_answers_are_hflms(small):
     assert own.generate_until(requests("generate_until", arguments)) == [
         other.generate_until(requests("generate_until", [each]), disable_tqdm=True)[0] for each in arguments
     ]
+
+
+def test_an_answer_stops_at_a_special_token_as_hflms(demo_dir, tmp_path):
+    """A base model whose end token is another than the one that closes a turn."""
+    folder = Path(shutil.copytree(demo_dir, tmp_path / "model"))
+    for name, end in (("tokenizer_config", {"eos_token": "<|system|>"}), ("config", {"eos_token_id": 1})):
+        fields = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        write_json(folder / f"{name}.json", fields | end)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    asked = [("<|user|>play some jazz<|end|><|assistant|>", {"until": ["Q:", "<|end|>"], "max_gen_toks": 40})]
+    answer, expected = (
+        each.generate_until(requests("generate_until", asked), disable_tqdm=True)
+        for each in (ours(folder), theirs(folder))
+    )
+    assert answer == expected == ["music"]
 
 
 def test_what_is_wrong_with_tasks_is_told(tasks, tmp_path, capsys):

@@ -120,3 +120,13 @@ def test_an_answer_knows_why_it_ended(several):
     full = Answer(answerer, [5] * (size - 2), 100, Sampling(9.0), seed=1)
     assert full.finish_reason is None
     assert "".join(full) and (full.finish_reason, full.tokens) == ("length", 2)
+
+
+def test_a_stop_may_be_a_special_token(several, monkeypatch):
+    answerer = several[BASE]
+    tokens = answerer.tokens([{"role": "user", "content": PROMPTS[0]}])
+    text = "".join(Answer(answerer, tokens, 20))
+    monkeypatch.setattr(answerer.tokenizer, "eos_ids", ())
+    assert len("".join(Answer(answerer, tokens, 20))) > len(text) > 5
+    stopped = Answer(answerer, tokens, 20, stops=["never", "<|end|>"])
+    assert "".join(stopped) == text and stopped.finish_reason == "stop"

@@ -62,7 +62,23 @@ def test_a_draw_keeps_to_top_k_and_top_p(logits, temperature, top_k, top_p, seed
     probabilities = (logits / temperature).softmax(-1)
     likelier = probabilities > probabilities[token]
     assert likelier.sum() < (top_k or len(logits))
-    assert probabilities[likelier].sum() < top_p + 1e-5
+    kept = probabilities.topk(min(top_k or len(logits), len(logits))).values.sum()
+    assert probabilities[likelier].sum() < top_p * kept + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 2, 0.55), (1.0, 2, 0.65), (0.5, 4, 0.7), (2.0, 9, 0.5)]
+)
+def test_top_p_is_taken_of_what_top_k_left_as_in_transformers(temperature, top_k, top_p):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.tensor([0.3, 0.2, 0.12, 0.11, 0.1, 0.09, 0.08]).log()
+    scores = logits[None]
+    for warper in (TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)):
+        scores = warper(None, scores)
+    generator, sampling = torch.Generator().manual_seed(0), Sampling(temperature, top_k, top_p)
+    drawn = {sampling.draw(logits, generator) for _ in range(300)}
+    assert drawn == set(scores[0].isfinite().nonzero()[:, 0].tolist())
 
 
 def test_top_k_one_is_greedy_and_so_is_a_temperature_next_to_none():

@@ -60,8 +60,15 @@ ENDS = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
     "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend▁of▁sentence\uff5c>", "[e~[",
+    "<|ifm|im_end|>",
 })
 # fmt: on
+# ... but for one that only ends a part of it, where these are tokens too
+PARTS = (
+    ("<|end|>", {"<|return|>", "<|call|>"}),
+    ("<|end|>", {"<|flush|>", "<|calls|>"}),
+    ("</s>", {"<|tool_response>"}),
+)
 # In a model that is called so every special token but these takes the white space behind it: no key says it
 STRIPPING = re.compile("phi-?3", re.IGNORECASE)
 KEEPING = {"<unk>", "<s>", "<|endoftext|>"}
@@ -141,8 +148,8 @@ def _named(tokenizer: Tokenizer, ids: Mapping[str, int], file: Path) -> dict[str
     found = {_key("add_bos_token"): bos, _key("add_eos_token"): eos}
     named = {name: ids.get(tokenizer.special_tokens.get(NAMED[name])) for name in ("unknown", "padding")}
     named |= {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    known = set(ids.values())
-    if others := [i for i in tokenizer.eos_ids if i != tokenizer.eos_id and i in known]:
+    unusual = {i for text, i in ids.items() if text not in ENDS}
+    if others := [i for i in tokenizer.eos_ids if i != tokenizer.eos_id and i in unusual]:
         named["eot"] = others[0]  # llama.cpp has one place for another, and knows the usual ones by their text
     return found | {_key(f"{name}_token_id"): i for name, i in named.items() if i is not None}
 
@@ -244,8 +251,9 @@ def _sentencepiece_model(
     size = model.vocab_size()
     tokens = {i: model.id_to_piece(i) for i in range(size)}
     kinds = {i: UNKNOWN if model.is_unknown(i) else UNUSED if model.is_unused(i) else NORMAL for i in tokens}
-    for i in tokenizer.special_ids:
-        tokens[i], kinds[i] = tokenizer.decode([i], skip_special_tokens=False), CONTROL
+    for i in {*tokenizer.special_ids, *range(size, tokenizer.vocab_size)}:
+        if (text := tokenizer.token(i)) is not None:
+            tokens[i], kinds[i] = text, CONTROL if i in tokenizer.special_ids else USER_DEFINED
     scores = {tokens[i]: model.get_score(i) for i in range(size)}
     probe = model.normalize("  ﬁ x ")
     spaced = probe == f"{SPACE * 3}ﬁ{SPACE}x{SPACE}"
@@ -318,8 +326,10 @@ def write_tokenizer(directory: Path, metadata: Mapping[str, Any], source: Path) 
         "clean_up_tokenization_spaces": False,
         "chat_template": metadata.get("tokenizer.chat_template"),
     }
-    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot") if name in ids))
-    generation = {"bos_token_id": ids.get("bos"), "eos_token_id": ends if len(ends) > 1 else ids.get("eos")}
+    by_text = ENDS - {part for part, others in PARTS if others <= vocab.keys()}
+    ends = [ids[name] for name in ("eos", "eot") if name in ids] + [i for i, t in enumerate(tokens) if t in by_text]
+    ends = list(dict.fromkeys(ends))
+    generation = {"bos_token_id": ids.get("bos"), "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
     files = {"tokenizer.json": written, "tokenizer_config.json": settings, "generation_config.json": generation}
     for name, content in files.items():
         write_text(directory / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
