@@ -10,10 +10,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Union, get_args, get_type_hints
 
-import yaml
-
 from litfreeze.checkpoint.tensors import write_text
-from litfreeze.cli import SHORT, arguments, expected, options_of, read_yaml, unknown_option
+from litfreeze.cli import SHORT, arguments, expected, options_of, read_yaml, unknown_option, write_yaml
 from litfreeze.errors import UsageError, did_you_mean
 from litfreeze.finetune import full, lora
 from litfreeze.finetune.setting import plain
@@ -42,7 +40,7 @@ def finetune(checkpoint_dir: Union[Path, str, None], method: str, quiet: bool, o
     for option, value in named.items():
         if value is None and NoneType not in get_args(hints[option]):
             raise UsageError(f"{option}: None is not {expected(hints[option])}.")
-    read = arguments(f"finetune {method}", script, yaml.safe_dump(_nested(named), allow_unicode=True))
+    read = arguments(f"finetune {method}", script, write_yaml(_nested(named)))
     with redirect_stdout(StringIO()) if quiet else nullcontext():
         return script(**read)
 

@@ -12,7 +12,7 @@ from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.manifest import MANIFEST, TRAINED, read_manifest
 from litfreeze.checkpoint.write import record_of
-from litfreeze.cli import options_of
+from litfreeze.cli import Yaml, options_of, write_yaml
 from litfreeze.demo import MODEL_DIR
 from litfreeze.finetune import full, lora
 from litfreeze.hub import is_hub_name
@@ -105,4 +105,4 @@ def public_recipe(kind: Optional[str], recipe: str) -> str:
                 found[name] = public_name(value) if is_path else value
         return found
 
-    return yaml.safe_dump(public(yaml.safe_load(recipe) or {}), sort_keys=False, allow_unicode=True)
+    return write_yaml(public(yaml.load(recipe, Loader=Yaml) or {}))
