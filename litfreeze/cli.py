@@ -335,7 +335,7 @@ class _Plain(yaml.SafeDumper):
         return True
 
     def represent_str(self, text: str) -> yaml.Node:
-        """In double quotes everything that is no plain letter is escaped; in others PyYAML reads some of it as blanks."""
+        """In double quotes, which escape what PyYAML would read as blanks in single ones, if it is not of plain signs."""
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
@@ -381,8 +381,6 @@ def read_path(text: str) -> Path:
 LONGEST_LINE = 2**31  # no text is folded
 LONGEST_NAME, LONGEST_PATH = 255, 4000  # what file systems take
 MODE = "litfreeze"
-# Else {class_path: any.Class} inside of --data.prompt_args would be made an object.
-jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)
 jsonargparse.set_loader(MODE, read_yaml, exceptions=(yaml.YAMLError,))
 jsonargparse.set_dumper(MODE, write_yaml)
 jsonargparse.typing.register_type(Path, deserializer=read_path, type_check=isinstance)

@@ -154,7 +154,8 @@ def pair(*words):
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-texts = st.text() | st.from_regex(r"[-+]?[0-9]{1,3}\.?[0-9]?([eE][-+]?[0-9]+)?|[-+.0-9eE_:]+|null|true|yes|", fullmatch=True)
+numerals = r"[-+]?[0-9]{1,3}\.?[0-9]?([eE][-+]?[0-9]+)?|[-+.0-9eE_:]+|null|true|yes|"
+texts = st.text() | st.from_regex(numerals, fullmatch=True)
 
 
 @given(
@@ -166,6 +167,13 @@ texts = st.text() | st.from_regex(r"[-+]?[0-9]{1,3}\.?[0-9]?([eE][-+]?[0-9]+)?|[
 def test_what_is_written_as_yaml_is_read_as_it_was(options):
     text = write_yaml({"options": options})
     assert read_yaml(text, path="recipe.yaml")["options"] == options
+
+
+@pytest.mark.parametrize("value", ["1.10", "true", "null", "1e5", ["2", 2], {"class_path": "any.Class"}, 1.5, False])
+def test_variables_of_a_chat_template_stay_what_they_are(tmp_path, value):
+    (tmp_path / "a.yaml").write_text(write_yaml({"data": {"prompt_args": {"a": value}}}), encoding="utf-8")
+    for more in (["--data.prompt_args", json.dumps({"a": value})], ["--config", str(tmp_path / "a.yaml")]):
+        assert parse(["finetune", "full", *more], COMMANDS)[1]["data"].prompt_args == {"a": value}
 
 
 def test_bare_words_are_the_required_options_in_order():
