@@ -335,7 +335,7 @@ class _Plain(yaml.SafeDumper):
         return True
 
     def represent_str(self, text: str) -> yaml.Node:
-        """In double quotes, which escape what PyYAML would read as blanks in single ones, if it is not of plain signs."""
+        """In double quotes, which escape, where it is not of plain signs: in single ones some are read as blanks."""
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 

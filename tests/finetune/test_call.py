@@ -135,6 +135,57 @@ def test_it_runs_in_another_thread_and_is_quiet_if_asked(tmp_path, capsys):
     assert found[0].checkpoint_dir.is_dir() and capsys.readouterr().out == ""
 
 
+@pytest.fixture(scope="module")
+def demo():
+    return litfreeze.load(prompt_style="alpaca")
+
+
+@pytest.mark.parametrize("prompt", [["hello", "play"], None, b"play", 5])
+def test_one_prompt_a_call(demo, prompt):
+    with pytest.raises(litfreeze.UsageError, match=r"The prompt should be text, not .*: one prompt a call"):
+        demo.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ("hello", "messages should be a list.* not str"),
+        ([], "messages should be a list.* not an empty one"),
+        ([{"role": "user"}], "message 1: 'content' is missing"),
+        ([{"role": "user", "content": None}], "message 1: 'content' should be text, not null"),
+        ([{"role": "User", "content": "a"}], "message 1 has the unknown role 'User'; known are system, user"),
+        ([{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}], "The last message is the assistant's"),
+    ],
+)
+def test_messages_are_checked_as_those_of_records_are(demo, messages, told):
+    with pytest.raises(litfreeze.UsageError, match=told):
+        demo.chat(messages)
+
+
+def test_the_names_that_records_have_for_roles_mean_the_same_here(demo):
+    turns = [("human", "user", "a"), ("gpt", "assistant", "b"), ("human", "user", "c")]
+    ours, theirs = ([{"role": turn[i], "content": turn[2]} for turn in turns] for i in (1, 0))
+    assert demo._answerer.tokens(ours) == demo._answerer.tokens(theirs)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("top_p", None),
+        ("temperature", "1"),
+        ("temperature", float("nan")),
+        ("max_new_tokens", 2.5),
+        ("top_k", "3"),
+        ("seed", 2**70),
+        ("stop", [None]),
+        ("stop", b"x"),
+    ],
+)
+def test_options_of_an_answer_have_a_type(demo, option, value):
+    with pytest.raises(litfreeze.UsageError, match=f"--{option} .* must be "):
+        demo.generate("a", **{option: value})
+
+
 def test_several_devices_are_refused_at_a_prompt(monkeypatch):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     if (os.cpu_count() or 1) < 2:
@@ -189,6 +240,10 @@ def test_generate_and_chat_are_the_command(runs, capsys):
         (lambda: litfreeze.load().generate("a", max_new_tokens=0), "--max_new_tokens 0"),
         (lambda: litfreeze.load().logits(""), "The text has 0 tokens"),
         (lambda: litfreeze.load().logits([10**6]), "1000000"),
+        (lambda: litfreeze.load().logits([-1]), "which are 0 or more; not .-1"),
+        (lambda: litfreeze.load().logits([1.7]), "logits takes a text, or a list of tokens"),
+        (lambda: litfreeze.load(5), "checkpoint_dir: 5 is not a path"),
+        (lambda: litfreeze.load(accelerator=5), "accelerator"),
     ],
 )
 def test_what_load_refuses(ask, told):
