@@ -256,7 +256,11 @@ def _fields(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Ranges, arrays, sets and their like, as Python gives them for layers, as plain lists."""
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+    """Ranges, sets, arrays and numbers of numpy and torch, as Python gives them, as plain lists and numbers."""
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
         return [plain(item) for item in value]
     return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value

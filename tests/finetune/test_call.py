@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import threading
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -61,6 +63,29 @@ def test_a_config_stands_below_what_is_given(tmp_path, monkeypatch):
     assert named["eval"] == EvalArgs(patience=4) and named["frozen"].cache == "off"
 
 
+@pytest.fixture
+def read(monkeypatch):
+    """What a call would give the script, in place of running it."""
+    named = {}
+    monkeypatch.setattr("litfreeze.finetune.full.made", lambda given: named.update(given) or (None, None))
+    monkeypatch.setattr("litfreeze.launch.launch", lambda *_: None)
+    return lambda **call: litfreeze.finetune(**call) or named
+
+
+@pytest.mark.parametrize("layers", [np.array([10, 11]), torch.tensor([10, 11]), {10, 11}, (np.int64(10), 11)])
+def test_numbers_of_numpy_and_torch_are_numbers(read, layers):
+    named = read(trainable_layers=layers, lr=np.float64(1e-4), max_steps=torch.tensor(3), mask_prompt=np.bool_(False))
+    assert named["trainable_layers"] == [10, 11] and named["train"] == TrainArgs(lr=1e-4, max_steps=3)
+    assert named["data"].mask_prompt is False
+
+
+def test_text_stays_text_and_a_config_may_be_a_dict(read):
+    config = {"log": {"run": "31e4921"}, "seed": 3, "train": {"lr": 1e-3}}
+    named = read(config=config, out_dir="1e5", seed=4, data={"prompt_args": {"version": "1.10"}})
+    assert (named["log"].run, named["out_dir"], named["seed"]) == ("31e4921", Path("1e5"), 4)
+    assert named["data"].prompt_args == {"version": "1.10"} and named["train"] == TrainArgs(lr=1e-3)
+
+
 @given(st.data())
 @pytest.mark.parametrize("method", SCRIPTS)
 def test_every_option_has_a_name_in_a_call(method, data):
@@ -90,6 +115,11 @@ def test_every_option_has_a_name_in_a_call(method, data):
         ({"data": [1]}, "data.path: record 1 is a int; records are dicts, in a list."),
         ({"data": [{"a": object()}]}, "data.path: record 1 is nothing that JSON can say"),
         ({"data": []}, "data.path: no records."),
+        ({"data": 5}, "data.path: 5 is not a path, nor records"),
+        ({"method": ["full"]}, "method: ['full'] is not one of full, lora."),
+        ({"config": 5}, "config: 5 is not a path, nor a dict of options."),
+        ({"lr": Decimal("1e-4")}, "train.lr: Decimal('0.0001') is not a number."),
+        ({"log": {"run": b"x"}}, "log.run: b'x' is not text."),
         ({"data": "nowhere.jsonl"}, "There is no data at nowhere.jsonl."),
         ({"config": "nowhere.yaml"}, "config: nowhere.yaml cannot be read"),
     ],
@@ -184,6 +214,32 @@ def test_the_names_that_records_have_for_roles_mean_the_same_here(demo):
 def test_options_of_an_answer_have_a_type(demo, option, value):
     with pytest.raises(litfreeze.UsageError, match=f"--{option} .* must be "):
         demo.generate("a", **{option: value})
+
+
+def test_a_run_goes_by_none_of_the_modes_that_its_caller_is_in(tmp_path, monkeypatch):
+    work = {"trainable_layers": "11", "max_seq_length": 64, "quiet": True, **QUICK, "max_steps": 1}
+    monkeypatch.setattr("litfreeze.train.speed._measured", measured := {})  # nothing is known of this machine yet
+    with torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        inside = litfreeze.finetune(out_dir=tmp_path / "inside", **work)
+    assert measured and all(rate > 0 for rates in measured.values() for rate in rates)
+    outside = litfreeze.finetune(out_dir=tmp_path / "outside", **work)
+    assert inside.outcome.after.loss == outside.outcome.after.loss
+
+
+def test_one_run_at_a_time(monkeypatch):
+    """Two would take each other's standard output, and each other's draws."""
+    inside, go = threading.Event(), threading.Event()
+    monkeypatch.setattr("litfreeze.finetune.full.made", lambda _: (inside.set(), go.wait(9)))
+    monkeypatch.setattr("litfreeze.launch.launch", lambda *_: None)
+    before = sys.stdout
+    first = threading.Thread(target=lambda: litfreeze.finetune(quiet=True))
+    first.start()
+    assert inside.wait(9)
+    with pytest.raises(litfreeze.UsageError, match="Another run is under way in this process"):
+        litfreeze.finetune(quiet=True)
+    go.set()
+    first.join()
+    assert sys.stdout is before and litfreeze.finetune() is None
 
 
 def test_several_devices_are_refused_at_a_prompt(monkeypatch):
