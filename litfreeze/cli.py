@@ -332,10 +332,29 @@ class Yaml(yaml.SafeLoader):
         return data
 
 
+class _Plain(yaml.SafeDumper):
+    """Quotes a text that `Yaml` or YAML 1.1 would take for something else. Nothing refers to something else, even where
+    two options are the same list."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, text: str) -> yaml.Node:
+        """In double quotes, which escape, where it is not of plain signs: in single ones some are read as blanks."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Plain.add_representer(str, _Plain.represent_str)
 DEEPEST = 50  # lists and mappings inside of each other
 NUMBER = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?"
 for tag, pattern in {"null": "null|", "bool": "true|false", "int": "0|-?[1-9][0-9]*", "float": NUMBER}.items():
-    Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$"), None)
+    for either in (Yaml, _Plain):
+        either.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$"), None)
+
+
+def write_yaml(options: Mapping[str, Any]) -> str:
+    """The lines from which `read_yaml` reads `options`, of plain values, as they are."""
+    return yaml.dump(options, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=LONGEST_LINE)
 
 
 def read_yaml(text: str, path: str = "") -> Any:
@@ -374,11 +393,11 @@ def read_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+LONGEST_LINE = 2**31  # no text is folded
 LONGEST_NAME, LONGEST_PATH = 255, 4000  # what file systems take
 MODE = "litfreeze"
-# Else {class_path: any.Class} inside of --data.prompt_args would be made an object.
-jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)
 jsonargparse.set_loader(MODE, read_yaml, exceptions=(yaml.YAMLError,))
+jsonargparse.set_dumper(MODE, write_yaml)
 jsonargparse.typing.register_type(Path, deserializer=read_path, type_check=isinstance)
 # Text that should be a number is read by jsonargparse's own YAML 1.1 loader, for which there is no public setting.
 _loaders_dumpers.yaml_default_loader = Yaml

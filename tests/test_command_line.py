@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from litfreeze.__main__ import COMMANDS, main
-from litfreeze.cli import parse, show
+from litfreeze.cli import parse, read_yaml, show, write_yaml
 from litfreeze.data.args import DataArgs
 from litfreeze.errors import RunError, UsageError
 from litfreeze.train.args import EvalArgs, TrainArgs
@@ -170,6 +170,29 @@ def pair(*words):
     return parse(["two", *words], {"two": f"{__name__}:two"})[1]
 
 
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+numerals = r"[-+]?[0-9]{1,3}\.?[0-9]?([eE][-+]?[0-9]+)?|[-+.0-9eE_:]+|null|true|yes|"
+texts = st.text() | st.from_regex(numerals, fullmatch=True)
+
+
+@given(
+    st.dictionaries(
+        texts, st.recursive(leaves | texts, lambda of: st.lists(of) | st.dictionaries(texts, of), max_leaves=5)
+    )
+)
+@example({"run": "31e4921", "out_dir": "1e5", "a": [1e-5, 1e16, "1.0e-05", "010", "", "null", "a\n\n b ", "-2:"]})
+def test_what_is_written_as_yaml_is_read_as_it_was(options):
+    text = write_yaml({"options": options})
+    assert read_yaml(text, path="recipe.yaml")["options"] == options
+
+
+@pytest.mark.parametrize("value", ["1.10", "true", "null", "1e5", ["2", 2], {"class_path": "any.Class"}, 1.5, False])
+def test_variables_of_a_chat_template_stay_what_they_are(tmp_path, value):
+    (tmp_path / "a.yaml").write_text(write_yaml({"data": {"prompt_args": {"a": value}}}), encoding="utf-8")
+    for more in (["--data.prompt_args", json.dumps({"a": value})], ["--config", str(tmp_path / "a.yaml")]):
+        assert parse(["finetune", "full", *more], COMMANDS)[1]["data"].prompt_args == {"a": value}
+
+
 def test_bare_words_are_the_required_options_in_order():
     expected = {"first": "x", "second": Path("y"), "third": 3}
     for words in ("x y", "--first x y", "x --second y", "--second y x", "y --first=x", "--first x --second y"):
@@ -258,6 +281,12 @@ def test_data_is_short_for_its_path(tmp_path, order):
     expected = DataArgs(path=Path("a.jsonl"), mask_prompt=False)
     for data in ("--data=a.jsonl", config(tmp_path, "data: a.jsonl\n")):
         assert full(*[data, "--data.mask_prompt=false"][::order])["data"] == expected
+
+
+def test_text_like_a_number_is_text_in_what_print_config_writes(tmp_path):
+    words = ["finetune", "full", "--log.run", "31e4921"]
+    (tmp_path / "a.yaml").write_text(parse([*words, "--print_config"], COMMANDS)[1]["text"], encoding="utf-8")
+    assert parse(["finetune", "full", "--config", str(tmp_path / "a.yaml")], COMMANDS)[1]["log"].run == "31e4921"
 
 
 def test_print_config_is_read_back(tmp_path):

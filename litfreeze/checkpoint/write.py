@@ -102,8 +102,9 @@ def write_peft(out_dir: Path, checkpoint: Checkpoint, base_name: Optional[str] =
     """Writes the adapter of `checkpoint` for PEFT to load over the Hugging Face form of its base, whole or not at all,
     and returns its adapter_config.json.
 
-    `base_name` is what that calls the base; without it, the directory that the base was converted from, or is. Raises
-    UsageError if there is no adapter or `out_dir` already holds something."""
+    `base_name` is what that calls the base; without it, the model that the base was converted from or, where that is
+    none of transformers' own, the base's directory. Raises UsageError if there is no adapter or `out_dir` already holds
+    something."""
     if checkpoint.base is None or checkpoint.lora is None:
         raise UsageError(
             f"{checkpoint.path} carries no adapter, and PEFT takes nothing else. "
@@ -117,7 +118,10 @@ def write_peft(out_dir: Path, checkpoint: Checkpoint, base_name: Optional[str] =
     settings, layout, read = as_peft(
         checkpoint.config, model_type, checkpoint.lora, replaced, checkpoint.layout(), checkpoint.read
     )
-    named = base_name or origin(base.path) or (base.manifest or {}).get("source", str(base.path.resolve()))
+    source = (base.manifest or {}).get("source")
+    if source is None or Path(source).suffix.lower() == ".gguf":  # which transformers would not take for its own
+        source = str(base.path.resolve())
+    named = base_name or origin(base.path) or source
     name, _, revision = named.partition("@") if is_hub_name(named) else (named, "", "")
     settings = {"base_model_name_or_path": name, **({"revision": revision} if revision else {}), **settings}
     with whole_directory(Path(out_dir)) as aside:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Optional
+from typing import ClassVar, Literal, Optional
 
 from litfreeze.errors import UsageError
 
@@ -50,7 +50,7 @@ class DataArgs:
     val_split: Optional[str] = None
     format: Literal["auto", "alpaca", "chat", "completion", "text"] = "auto"
     prompt_style: Optional[str] = None
-    prompt_args: Optional[dict[str, Any]] = None
+    prompt_args: Optional[dict] = None  # of dict[str, Any] jsonargparse would read each text once more
     text_key: Optional[str] = None
     label_key: Optional[str] = None
     mask_prompt: bool = True

@@ -69,18 +69,29 @@ def _turns(fields: Mapping[str, Any], key: str, role_key: str, content_key: str)
     if not isinstance(turns, list) or not turns:
         raise UsageError(f"{key!r} should be a list of messages")
     messages = _system(fields)
-    for number, turn in enumerate(turns, start=1):
-        where = f"message {number} of {key!r}"
-        if not isinstance(turn, dict):
-            raise UsageError(f"{where} should be an object with {role_key!r} and {content_key!r}")
-        role = _ROLES.get(text_in(turn, role_key, where))
-        if role is None:
-            raise UsageError(f"{where} has the unknown {role_key} {turn[role_key]!r}; known are {', '.join(_ROLES)}")
-        others = {name: value for name, value in turn.items() if name not in (role_key, content_key)}
-        messages.append({"role": role, "content": text_in(turn, content_key, where), **others})
+    messages += [_turn(turn, f"message {i} of {key!r}", role_key, content_key) for i, turn in enumerate(turns, start=1)]
     if not any(message["role"] == "assistant" for message in messages):
         raise UsageError(f"{key!r} holds no assistant message to learn from")
     return messages
+
+
+def _turn(turn: Any, where: str, role_key: str = "role", content_key: str = "content") -> Message:
+    if not isinstance(turn, dict):
+        raise UsageError(f"{where} should be an object with {role_key!r} and {content_key!r}")
+    role = _ROLES.get(text_in(turn, role_key, where))
+    if role is None:
+        raise UsageError(f"{where} has the unknown {role_key} {turn[role_key]!r}; known are {', '.join(_ROLES)}")
+    others = {name: value for name, value in turn.items() if name not in (role_key, content_key)}
+    return {"role": role, "content": text_in(turn, content_key, where), **others}
+
+
+def to_messages(turns: Any) -> list[Message]:
+    """`turns`, a list or tuple of messages with `role` and `content`, checked as those of a record are, but that none
+    needs to be an answer. Raises UsageError for anything else."""
+    if not isinstance(turns, (list, tuple)) or not turns:
+        what = "an empty one" if isinstance(turns, (list, tuple)) else type(turns).__name__
+        raise UsageError(f"messages should be a list, [{{'role': 'user', 'content': '...'}}], not {what}.")
+    return [_turn(turn, f"message {number}") for number, turn in enumerate(turns, start=1)]
 
 
 def _alpaca(fields: Mapping[str, Any]) -> list[Message] | None:

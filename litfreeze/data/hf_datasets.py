@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from litfreeze.data.columns import AT_ONCE, MISSING, fields_of
 from litfreeze.errors import LitfreezeError, UsageError, did_you_mean
 from litfreeze.hub import NAME, is_hub_name, library, reason, talking
+from litfreeze.json_file import read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -158,6 +159,12 @@ def _from_hub(name: str, subset: Optional[str]) -> "datasets.DatasetDict":
         try:
             with talking(name, "dataset", here, bars=True):
                 commit = hub.HfApi().dataset_info(repo, revision=revision).sha
+        except LitfreezeError as error:  # nobody says which subsets it has, so that the only one here is the one
+            if subset is None and (found := _in_cache(datasets, repo, revision, None)) is not None:
+                return found
+            raise type(error)(f"{absent} {error}") from None
+        try:
+            with talking(name, "dataset", here, bars=True):
                 place = datasets.config.HF_DATASETS_CACHE
                 print(f"Download  {repo} ({commit[:7]}), into the cache of datasets, {place}", file=sys.stderr)
                 return _downloaded(datasets, repo, commit, subset)
@@ -166,18 +173,34 @@ def _from_hub(name: str, subset: Optional[str]) -> "datasets.DatasetDict":
 
 
 def _in_cache(
-    datasets: ModuleType, repo: str, revision: Optional[str], subset: str
+    datasets: ModuleType, repo: str, revision: Optional[str], subset: Optional[str]
 ) -> Optional["datasets.DatasetDict"]:
-    """What the cache has of it, if that is the `revision` asked for: a commit, or any."""
-    offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
-    try:
-        found = datasets.load_dataset(repo, subset)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError):  # it is not there
+    """What the cache has of the commit `revision` or, without one, of the newest there; of the only subset there, if
+    `subset` is None. None where that is nothing."""
+    from datasets.naming import camelcase_to_snakecase
+    from datasets.packaged_modules.cache.cache import Cache
+
+    if revision is not None and not COMMIT.fullmatch(revision):  # a branch goes on
         return None
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-    return found if revision in (None, _commit(found)) else None
+    *org, name = repo.split("/")
+    name, cache_dir = camelcase_to_snakecase(name), Path(datasets.config.HF_DATASETS_CACHE)
+    place = cache_dir / "___".join([*org, name])
+    there = [file.parent for file in place.glob(f"*/*/{revision or '*'}/dataset_info.json")]
+    there = [folder for folder in there if not folder.suffix and _subset(folder) == folder.parts[-3]]  # .incomplete
+    there = [folder for folder in there if subset in (None, _subset(folder))]
+    if not there or len({_subset(folder) for folder in there}) > 1:
+        return None
+    subset, version, commit = max(there, key=lambda folder: folder.stat().st_mtime).parts[-3:]
+    kept = {"dataset_name": name, "repo_id": repo, "config_name": subset, "version": version, "hash": commit}
+    try:
+        return Cache(cache_dir=str(cache_dir), **kept).as_dataset()
+    except (ValueError, OSError, datasets.exceptions.DatasetsError):  # not whole
+        return None
+
+
+def _subset(folder: Path) -> Any:
+    """The name of the subset that the cache keeps in `folder`."""
+    return read_json(folder / "dataset_info.json").get("config_name")
 
 
 def _downloaded(datasets: ModuleType, repo: str, commit: str, subset: Optional[str]) -> "datasets.DatasetDict":

@@ -29,14 +29,14 @@ class _Finetune(ModuleType):
             options: Those of the command line, which `litfreeze finetune full --help` lists, by the same names. What
                 has a group's name before it there can stand in that group, `train={"max_steps": 50}` or
                 `train=TrainArgs(max_steps=50)`, or alone, `max_steps=50`, where no other option ends so. `data` is a
-                path or records: dicts, as they would stand in a file. `config` is a YAML file of options; what is
-                given beside it wins. The environment is not read.
+                path or records: dicts, as they would stand in a file. `config` is a YAML file of options, or a
+                dict; what is given beside it wins, of a dataclass what is not its default. The environment is not read.
 
         Returns:
             litfreeze.train.job.Result: `checkpoint_dir`, `outcome.before` and `.after`, `proof`.
 
         Raises:
-            UsageError: The input was wrong; nothing has begun.
+            UsageError: The input was wrong, or a run is under way in this process; nothing has begun.
             RunError: The run failed.
             Interrupted: A signal ended it, as the notebook's stop button does; `resume=` goes on.
         """

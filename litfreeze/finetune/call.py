@@ -2,17 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import is_dataclass
 from io import StringIO
+from os import PathLike, fspath
 from pathlib import Path
+from threading import Lock
 from types import NoneType
 from typing import Any, Union, get_args, get_type_hints
 
-import yaml
+import torch
 
-from litfreeze.cli import SHORT, arguments, expected, options_of, read_yaml, unknown_option
+from litfreeze.cli import SHORT, arguments, expected, options_of, read_yaml, unknown_option, write_yaml
 from litfreeze.errors import UsageError, did_you_mean
 from litfreeze.finetune import full, lora
 from litfreeze.finetune.setting import plain
@@ -21,12 +23,13 @@ from litfreeze.train.job import Result
 from litfreeze.whole import write_text
 
 SCRIPTS = {"full": full.setup, "lora": lora.setup}
+_RUNS = Lock()  # standard output, signals and draws are the process's, and one run's at a time
 DATA = ("data.path", "data.val_path")
 
 
 def finetune(checkpoint_dir: Union[Path, str, None], method: str, quiet: bool, options: Mapping[str, Any]) -> Result:
     """What `litfreeze.finetune` says."""
-    if method not in SCRIPTS:
+    if not isinstance(method, str) or method not in SCRIPTS:
         near = did_you_mean(method, SCRIPTS)
         raise UsageError(f"method: {method!r} is not one of {', '.join(SCRIPTS)}.{near}")
     script = SCRIPTS[method]
@@ -34,17 +37,35 @@ def finetune(checkpoint_dir: Union[Path, str, None], method: str, quiet: bool, o
     config = given.pop("config", None)
     if checkpoint_dir is not None:
         given["checkpoint_dir"] = checkpoint_dir
-    named = {**(placed(_read(Path(config)), script) if config is not None else {}), **placed(given, script)}
+    named = {**(placed(_read(config), script) if config is not None else {}), **placed(given, script)}
     for option in DATA:
         if option in named:
             named[option] = as_file(named[option], option)
     hints = options_of(script)
     for option, value in named.items():
-        if value is None and NoneType not in get_args(hints[option]):
-            raise UsageError(f"{option}: None is not {expected(hints[option])}.")
-    read = arguments(f"finetune {method}", script, yaml.safe_dump(_nested(named), allow_unicode=True))
-    with redirect_stdout(StringIO()) if quiet else nullcontext():
-        return script(**read)
+        named[option] = value = fspath(value) if isinstance(value, PathLike) else plain(value)
+        if not _is_plain(value) or (value is None and NoneType not in get_args(hints[option])):
+            raise UsageError(f"{option}: {value!r:.80} is not {expected(hints[option])}.")
+    read = arguments(f"finetune {method}", script, write_yaml(_nested(named)))
+    if not _RUNS.acquire(blocking=False):
+        raise UsageError("Another run is under way in this process. Wait for its end, or start a process for this one.")
+    try:
+        with _own_modes(), redirect_stdout(StringIO()) if quiet else nullcontext():
+            return script(**read)
+    finally:
+        _RUNS.release()
+
+
+@contextmanager
+def _own_modes() -> Iterator[None]:
+    """While it is entered, torch is as a process has it at its beginning, whatever the caller's thread has set."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def placed(given: Mapping[str, Any], script: Callable[..., Any]) -> dict[str, Any]:
@@ -103,7 +124,12 @@ def _changed(group: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(group).items() if value != defaults[name]}
 
 
-def _read(config: Path) -> Mapping[str, Any]:
+def _read(config: Any) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    if not isinstance(config, (str, PathLike)):
+        raise UsageError(f"config: {config!r:.80} is not a path, nor a dict of options.")
+    config = Path(config)
     try:
         return read_yaml(config.expanduser().read_text(encoding="utf-8"), path=str(config))
     except (OSError, UnicodeDecodeError) as error:
@@ -113,13 +139,18 @@ def _read(config: Path) -> Mapping[str, Any]:
 
 
 def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    """As `--config` has it, with nothing but what YAML can say."""
+    """As `--config` has it."""
     found: dict[str, Any] = {}
     for name, value in named.items():
         group, _, leaf = name.rpartition(".")
-        value = str(value) if isinstance(value, Path) else value if isinstance(value, Mapping) else plain(value)
         (found.setdefault(group, {}) if group else found)[leaf] = value
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, dict)):
+        return all(map(_is_plain, value)) and (isinstance(value, list) or all(map(_is_plain, value.values())))
+    return type(value) in (str, int, float, bool, NoneType)
 
 
 def as_file(data: Union[Path, str, Iterable[Mapping[str, Any]], None], option: str) -> Union[Path, str, None]:
@@ -127,6 +158,8 @@ def as_file(data: Union[Path, str, Iterable[Mapping[str, Any]], None], option: s
     its hash, which is read like any other, told of by line, and still there when the run is resumed."""
     if data is None or isinstance(data, (str, Path)):
         return data
+    if not isinstance(data, Iterable):
+        raise UsageError(f"{option}: {data!r:.80} is not a path, nor records: dicts, in a list.")
     lines = []
     for number, record in enumerate(data, start=1):
         if not isinstance(record, Mapping):

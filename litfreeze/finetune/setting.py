@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional, SupportsIndex, Union
 
-import yaml
 from lightning_fabric import Fabric
 
 from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint
@@ -18,7 +17,7 @@ from litfreeze.checkpoint.resume import newest_point, points
 from litfreeze.choose.rank import Ranking, rank
 from litfreeze.choose.sample import draw_batches
 from litfreeze.choose.words import NEED_DATA, RECORDS, has_ranks, put_ids
-from litfreeze.cli import SHORT, arguments, options_of
+from litfreeze.cli import SHORT, arguments, options_of, write_yaml
 from litfreeze.data import hf_datasets
 from litfreeze.data.args import DataArgs
 from litfreeze.data.hf_datasets import seen_from as data_from
@@ -213,7 +212,7 @@ def recipe_yaml(script: Callable[..., Any], options: Mapping[str, Any]) -> str:
     chosen, defaults = _chosen(script, options)
     for name in [name for name in chosen if getattr(defaults[name], "flat", False)]:
         chosen |= chosen.pop(name)
-    return yaml.dump(chosen, Dumper=_Plain, sort_keys=False, allow_unicode=True)
+    return write_yaml(chosen)
 
 
 def told_to_logger(script: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,13 +228,6 @@ def _chosen(script: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dic
     defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
     left_out = ("out_dir", "resume", "anew", "ranked")
     return _changed({name: value for name, value in options.items() if name not in left_out}, defaults), defaults
-
-
-class _Plain(yaml.SafeDumper):
-    """Nothing refers to something else, which `--config` would not take, even where two options are the same list."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +259,11 @@ def _fields(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Ranges, arrays, sets and their like, as Python gives them for layers, as plain lists."""
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+    """Ranges, sets, arrays and numbers of numpy and torch, as Python gives them, as plain lists and numbers."""
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
         return [plain(item) for item in value]
     return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value

@@ -5,13 +5,14 @@ same objects, but for those that the checkpoint holds itself: an adapter, or the
 or moved to go from one to another, and none can leave a trace in another."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Optional, Union
 
 from lightning_fabric import Fabric
 
 from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
-from litfreeze.data.formats import Message
+from litfreeze.data.formats import Message, to_messages
 from litfreeze.data.prompt import Prompt
 from litfreeze.errors import UsageError
 from litfreeze.generate.sample import Sampling, generate_tokens
@@ -46,8 +47,9 @@ class Answerer:
         self.prompt = Prompt.choose(prompt_style, checkpoint.prompt, self.tokenizer)
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
-        """What the model reads before it answers `messages`. Raises UsageError if the style cannot put them."""
-        tokens = self.prompt.encode([self.prompt.for_generation(messages)])[0]
+        """What the model reads before it answers `messages`. Raises UsageError if they are no messages, or the style
+        cannot put them."""
+        tokens = self.prompt.encode([self.prompt.for_generation(to_messages(messages))])[0]
         self.checkpoint.check_tokens(tokens)
         return tokens
 
@@ -149,10 +151,12 @@ def check_device(accelerator: str, precision: Optional[str]) -> tuple[Fabric, Pr
 
 
 def check_options(max_new_tokens: int, stop: Union[str, Sequence[str], None]) -> list[str]:
-    """The stop texts as a list. Raises UsageError for an empty one, or for no tokens at all."""
-    if max_new_tokens < 1:
-        raise UsageError(f"--max_new_tokens {max_new_tokens} must be at least 1.")
-    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    """The stop texts as a list. Raises UsageError for one that is empty or no text, or for no tokens at all."""
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens {max_new_tokens!r} must be at least 1, a whole number.")
+    stops = stop if isinstance(stop, (list, tuple)) else [] if stop is None else [stop]
     if "" in stops:
         raise UsageError("--stop is empty.")
-    return stops
+    if strange := [one for one in stops if not isinstance(one, str)]:
+        raise UsageError(f"--stop {strange[0]!r} must be a text, or a list of texts.")
+    return list(stops)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral, Real
 from typing import Optional
 
 import torch
@@ -25,12 +27,12 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(f"--temperature {self.temperature} must be 0 (greedy) or more.")
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"--top_k {self.top_k} must be at least 1.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top_p {self.top_p} must be above 0 and at most 1.")
+        if not (isinstance(self.temperature, Real) and 0 <= self.temperature < inf):
+            raise UsageError(f"--temperature {self.temperature!r} must be 0 (greedy) or more, a number.")
+        if self.top_k is not None and not (isinstance(self.top_k, Integral) and self.top_k >= 1):
+            raise UsageError(f"--top_k {self.top_k!r} must be at least 1, a whole number.")
+        if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
+            raise UsageError(f"--top_p {self.top_p!r} must be above 0 and at most 1, a number.")
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
         """One token id from `logits` (V,)."""

@@ -9,7 +9,7 @@ import yaml
 
 from litfreeze.checkpoint.compare import compare
 from litfreeze.checkpoint.directory import Checkpoint, began_from
-from litfreeze.cli import arguments
+from litfreeze.cli import Yaml, arguments
 from litfreeze.errors import LitfreezeError
 from litfreeze.freeze.plan import EXTRAS, part_of
 from litfreeze.publish.public import SCRIPTS, public_name, public_recipe
@@ -144,4 +144,4 @@ def command(method: str, recipe: str) -> list[str]:
             option = "data" if (before, name) == ("data.", "path") else f"{before}{name}"
             yield from (f"--{option}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
-    return ["litfreeze", "finetune", method, *words(yaml.safe_load(recipe) or {})]
+    return ["litfreeze", "finetune", method, *words(yaml.load(recipe, Loader=Yaml) or {})]

@@ -1,6 +1,7 @@
 """What everybody may know of a checkpoint's making: its base by the name it has on the Hub, and of a path on this
 machine the last part."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -12,13 +13,17 @@ from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.manifest import MANIFEST, TRAINED, read_manifest
 from litfreeze.checkpoint.write import record_of
-from litfreeze.cli import options_of
+from litfreeze.cli import Yaml, options_of, write_yaml
 from litfreeze.demo import MODEL_DIR
 from litfreeze.finetune import full, lora
 from litfreeze.hub import is_hub_name
 from litfreeze.json_file import read_json
 
 SCRIPTS = {"full": full.setup, "lora": lora.setup}  # by the kind of a run
+# Where a model or its tokenizer lay: what looks like ORG/NAME may be a folder here
+NOTED = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
+MEANT = re.compile("chat_template|id2label|added_tokens_decoder|.*_tokens?")  # texts that are read, whatever they are
+PLACE = re.compile(r"(~\w*|\.\.?)?[/\\].|[A-Za-z]:[/\\]|file:", re.IGNORECASE)
 MOST_BASES = 20  # one under the other: more is a circle
 
 
@@ -82,6 +87,24 @@ def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
     return public
 
 
+def without_places(value: Any) -> Any:
+    """`value`, of a model's or a tokenizer's JSON, without what says where on this machine something lay: `NOTED`, and
+    every text that begins as a path does, at any depth."""
+    if isinstance(value, list):
+        return [without_places(item) for item in value if not _is_place(item)]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: inner if MEANT.fullmatch(key) else without_places(inner)
+        for key, inner in value.items()
+        if MEANT.fullmatch(key) or not (key in NOTED or _is_place(inner))
+    }
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, str) and PLACE.match(value) is not None
+
+
 def public_name(path: str) -> str:
     """What everybody may know of a place on this machine: a model's name on the Hub, else the last part."""
     if Path(path) == MODEL_DIR.resolve():
@@ -105,4 +128,4 @@ def public_recipe(kind: Optional[str], recipe: str) -> str:
                 found[name] = public_name(value) if is_path else value
         return found
 
-    return yaml.safe_dump(public(yaml.safe_load(recipe) or {}), sort_keys=False, allow_unicode=True)
+    return write_yaml(public(yaml.load(recipe, Loader=Yaml) or {}))

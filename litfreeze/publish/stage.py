@@ -4,17 +4,15 @@ of the machine it was made on."""
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.hub import needed_files
 from litfreeze.checkpoint.manifest import MANIFEST
 from litfreeze.checkpoint.write import write_hf, write_peft
 from litfreeze.json_file import read_json
-from litfreeze.publish.public import public_manifest
+from litfreeze.publish.public import public_manifest, without_places
 from litfreeze.whole import whole_directory, write_text
-
-FORMS = ("hf", "peft", "litfreeze")
 
 
 def stage(out_dir: Path, checkpoint: Checkpoint, form: str, base: Optional[str], card: str) -> None:
@@ -43,10 +41,5 @@ def _leave_places_out(file: Path) -> None:
     if not file.is_file():
         return
     content = read_json(file)
-    kept = {key: value for key, value in content.items() if not _is_place(value)}
-    if kept != content:
+    if (kept := without_places(content)) != content:
         write_text(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
-
-
-def _is_place(value: Any) -> bool:
-    return isinstance(value, str) and len(value) < 4000 and value.startswith(("/", "~/", "\\")) and len(value) > 1

@@ -90,7 +90,7 @@ def to_peft(
         checkpoint_dir: A litfreeze LoRA checkpoint.
         out_dir: The PEFT directory to write.
         base_dir: The model that it adapts, where it is not where it was.
-        base_name: What PEFT is to call that model; without it, the directory it was converted from.
+        base_name: What PEFT is to call that model; without it, the directory it was converted from, or its own.
     """
     from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.checkpoint.write import write_peft

@@ -19,11 +19,18 @@ def setup(repo_id: str, out_dir: Optional[Path] = None, token: Optional[str] = N
 
     from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.checkpoint.hub import download
+    from litfreeze.errors import LitfreezeError
     from litfreeze.hub import with_token
 
     with with_token(token):
         folder = download(repo_id, out_dir and Path(out_dir))
-        checkpoint = open_checkpoint(folder)
+        try:
+            checkpoint = open_checkpoint(folder)
+        except LitfreezeError as error:
+            if "--base_dir" not in str(error):
+                raise
+            took = f"The adapter is here, {folder}: --base_dir goes with --checkpoint_dir, in generate and the others."
+            raise type(error)(f"{' '.join(str(error).split())}\n{took}") from None
     config = checkpoint.config
     adapter = f", {checkpoint.lora.describe()} over {checkpoint.base.path}" if checkpoint.lora else ""
     print(f"Here      {folder}   ({config.n_layer} blocks of width {config.n_embd}{adapter})")

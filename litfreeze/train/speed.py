@@ -123,7 +123,7 @@ def _head_rate(plan: FreezePlan, kept: torch.dtype, precision: Precision, device
     weight = torch.empty(words, width, device=device).uniform_(-0.02, 0.02).to(kept).requires_grad_(trains)
     x = torch.randn(rows, width, device=device, dtype=precision.stream, requires_grad=True)
     answers = torch.zeros(rows, dtype=torch.int64, device=device)
-    with _autocast(precision, device):
+    with torch.enable_grad(), _autocast(precision, device):
         seconds = sum(_fastest(lambda: HeadLoss.apply(x, weight, answers, True)[0], device))
     return 2 * rows * words * width * (2 + trains) / seconds
 

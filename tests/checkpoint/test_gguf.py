@@ -182,6 +182,18 @@ def run(*words):
     assert main([str(word) for word in words]) == 0
 
 
+def test_an_adapter_over_a_file_of_llama_cpps_names_the_directory(trained, tmp_path, capsys):
+    """PEFT would ask transformers for the file."""
+    run("convert", "to_gguf", "--out_file", tmp_path / "demo.gguf")
+    run("convert", "from_gguf", tmp_path / "demo.gguf", tmp_path / "base")
+    short = ("--data", trained[1], "--train.max_steps", 1, "--trainable_layers", 11, "--data.val_split_fraction", 0)
+    run("finetune", "lora", tmp_path / "base", "--out_dir", tmp_path / "lora", *short, "--eval.max_new_tokens", 1)
+    run("convert", "to_peft", tmp_path / "lora/final", "--out_dir", tmp_path / "peft")
+    settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "base")
+    assert f"convert to_hf --checkpoint_dir {tmp_path / 'base'}" in capsys.readouterr().out
+
+
 def test_a_delta_reads_through_its_base_and_an_adapter_is_to_be_merged(trained, tmp_path, capsys):
     folder, data = trained
     short = ("--data", data, "--train.max_steps", 2, "--train.save_interval", 10)

@@ -194,6 +194,18 @@ def test_finetune_on_a_name_can_be_gone_on_with(hub, base, run, tmp_path, monkey
     assert code == 0 and f"Download  {name}" in err
 
 
+def test_an_adapter_whose_base_lies_elsewhere_is_told_with_what_came(hub, base, run, tmp_path):
+    config = {"peft_type": "LORA", "base_model_name_or_path": "./models/llama"}
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    Path("adapter/adapter_model.safetensors").write_bytes(b"")
+    hub.add("me/adapter", Path("adapter"))
+    code, _, err = run("download", "me/adapter", "--out_dir", "here")
+    *_, told, more = err.splitlines()
+    assert code == 2 and "its base models/llama" in told and "--base_dir" in told
+    assert more.startswith("The adapter is here, here: --base_dir goes with --checkpoint_dir")
+
+
 def test_an_adapter_brings_its_base(hub, base, run, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", r=2))
     model.peft_config["default"].base_model_name_or_path = "org/base"

@@ -145,6 +145,29 @@ def test_a_set_on_the_hub_is_downloaded_once(on_hub, load):
     assert not on_hub.requests  # what is in the cache is taken as it is
 
 
+def without_network(monkeypatch):
+    hf_datasets._from_hub.cache_clear()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
+
+
+def test_what_the_cache_has_is_found_without_a_network(on_hub, tmp_path, load, monkeypatch):
+    """Of a set whose only subset has a name of its own, and of an earlier commit than the newest there."""
+    (tmp_path / "repo/README.md").write_text(CARD.replace("- {config_name: other, data_files: data/test.jsonl}\n", ""))
+    pins = []
+    for pairs in (PAIRS, PAIRS[:10]):
+        (tmp_path / "repo/data/train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        on_hub.add("org/one", tmp_path / "repo")
+        pins.append(hf_datasets.pinned(Path("org/one@main"), None))
+        hf_datasets._from_hub.cache_clear()
+    load("org/pairs", subset="main"), load("org/pairs", subset="other")
+    without_network(monkeypatch)
+    assert [len(load(name, val_split_fraction=0).train) for name in (*pins, "org/one")] == [20, 10, 10]
+    assert hf_datasets.pinned(Path("org/one"), None) == pins[1] != pins[0]
+    with pytest.raises(RunError, match=r"There is no network.* org/pairs is not in the cache"):  # which of the two?
+        load("org/pairs")
+
+
 def test_what_is_wrong_with_a_name_is_told(on_hub, load, monkeypatch):
     cases = {
         ("org/pairs", None): (UsageError, "org/pairs has several subsets: main, other. Say with --data.subset"),

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import threading
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -61,6 +63,29 @@ def test_a_config_stands_below_what_is_given(tmp_path, monkeypatch):
     assert named["eval"] == EvalArgs(patience=4) and named["frozen"].cache == "off"
 
 
+@pytest.fixture
+def read(monkeypatch):
+    """What a call would give the script, in place of running it."""
+    named = {}
+    monkeypatch.setattr("litfreeze.finetune.full.made", lambda given: named.update(given) or (None, None))
+    monkeypatch.setattr("litfreeze.launch.launch", lambda *_: None)
+    return lambda **call: litfreeze.finetune(**call) or named
+
+
+@pytest.mark.parametrize("layers", [np.array([10, 11]), torch.tensor([10, 11]), {10, 11}, (np.int64(10), 11)])
+def test_numbers_of_numpy_and_torch_are_numbers(read, layers):
+    named = read(trainable_layers=layers, lr=np.float64(1e-4), max_steps=torch.tensor(3), mask_prompt=np.bool_(False))
+    assert named["trainable_layers"] == [10, 11] and named["train"] == TrainArgs(lr=1e-4, max_steps=3)
+    assert named["data"].mask_prompt is False
+
+
+def test_text_stays_text_and_a_config_may_be_a_dict(read):
+    config = {"log": {"run": "31e4921"}, "seed": 3, "train": {"lr": 1e-3}}
+    named = read(config=config, out_dir="1e5", seed=4, data={"prompt_args": {"version": "1.10"}})
+    assert (named["log"].run, named["out_dir"], named["seed"]) == ("31e4921", Path("1e5"), 4)
+    assert named["data"].prompt_args == {"version": "1.10"} and named["train"] == TrainArgs(lr=1e-3)
+
+
 @given(st.data())
 @pytest.mark.parametrize("method", SCRIPTS)
 def test_every_option_has_a_name_in_a_call(method, data):
@@ -90,6 +115,11 @@ def test_every_option_has_a_name_in_a_call(method, data):
         ({"data": [1]}, "data.path: record 1 is a int; records are dicts, in a list."),
         ({"data": [{"a": object()}]}, "data.path: record 1 is nothing that JSON can say"),
         ({"data": []}, "data.path: no records."),
+        ({"data": 5}, "data.path: 5 is not a path, nor records"),
+        ({"method": ["full"]}, "method: ['full'] is not one of full, lora."),
+        ({"config": 5}, "config: 5 is not a path, nor a dict of options."),
+        ({"lr": Decimal("1e-4")}, "train.lr: Decimal('0.0001') is not a number."),
+        ({"log": {"run": b"x"}}, "log.run: b'x' is not text."),
         ({"data": "nowhere.jsonl"}, "There is no data at nowhere.jsonl."),
         ({"config": "nowhere.yaml"}, "config: nowhere.yaml cannot be read"),
     ],
@@ -133,6 +163,83 @@ def test_it_runs_in_another_thread_and_is_quiet_if_asked(tmp_path, capsys):
     thread.start()
     thread.join()
     assert found[0].checkpoint_dir.is_dir() and capsys.readouterr().out == ""
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return litfreeze.load(prompt_style="alpaca")
+
+
+@pytest.mark.parametrize("prompt", [["hello", "play"], None, b"play", 5])
+def test_one_prompt_a_call(demo, prompt):
+    with pytest.raises(litfreeze.UsageError, match=r"The prompt should be text, not .*: one prompt a call"):
+        demo.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ("hello", "messages should be a list.* not str"),
+        ([], "messages should be a list.* not an empty one"),
+        ([{"role": "user"}], "message 1: 'content' is missing"),
+        ([{"role": "user", "content": None}], "message 1: 'content' should be text, not null"),
+        ([{"role": "User", "content": "a"}], "message 1 has the unknown role 'User'; known are system, user"),
+        ([{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}], "The last message is the assistant's"),
+    ],
+)
+def test_messages_are_checked_as_those_of_records_are(demo, messages, told):
+    with pytest.raises(litfreeze.UsageError, match=told):
+        demo.chat(messages)
+
+
+def test_the_names_that_records_have_for_roles_mean_the_same_here(demo):
+    turns = [("human", "user", "a"), ("gpt", "assistant", "b"), ("human", "user", "c")]
+    ours, theirs = ([{"role": turn[i], "content": turn[2]} for turn in turns] for i in (1, 0))
+    assert demo._answerer.tokens(ours) == demo._answerer.tokens(theirs)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("top_p", None),
+        ("temperature", "1"),
+        ("temperature", float("nan")),
+        ("max_new_tokens", 2.5),
+        ("top_k", "3"),
+        ("seed", 2**70),
+        ("stop", [None]),
+        ("stop", b"x"),
+    ],
+)
+def test_options_of_an_answer_have_a_type(demo, option, value):
+    with pytest.raises(litfreeze.UsageError, match=f"--{option} .* must be "):
+        demo.generate("a", **{option: value})
+
+
+def test_a_run_goes_by_none_of_the_modes_that_its_caller_is_in(tmp_path, monkeypatch):
+    work = {"trainable_layers": "11", "max_seq_length": 64, "quiet": True, **QUICK, "max_steps": 1}
+    monkeypatch.setattr("litfreeze.train.speed._measured", measured := {})  # nothing is known of this machine yet
+    with torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        inside = litfreeze.finetune(out_dir=tmp_path / "inside", **work)
+    assert measured and all(rate > 0 for rates in measured.values() for rate in rates)
+    outside = litfreeze.finetune(out_dir=tmp_path / "outside", **work)
+    assert inside.outcome.after.loss == outside.outcome.after.loss
+
+
+def test_one_run_at_a_time(monkeypatch):
+    """Two would take each other's standard output, and each other's draws."""
+    inside, go = threading.Event(), threading.Event()
+    monkeypatch.setattr("litfreeze.finetune.full.made", lambda _: (inside.set(), go.wait(9)))
+    monkeypatch.setattr("litfreeze.launch.launch", lambda *_: None)
+    before = sys.stdout
+    first = threading.Thread(target=lambda: litfreeze.finetune(quiet=True))
+    first.start()
+    assert inside.wait(9)
+    with pytest.raises(litfreeze.UsageError, match="Another run is under way in this process"):
+        litfreeze.finetune(quiet=True)
+    go.set()
+    first.join()
+    assert sys.stdout is before and litfreeze.finetune() is None
 
 
 def test_several_devices_are_refused_at_a_prompt(monkeypatch):
@@ -189,6 +296,10 @@ def test_generate_and_chat_are_the_command(runs, capsys):
         (lambda: litfreeze.load().generate("a", max_new_tokens=0), "--max_new_tokens 0"),
         (lambda: litfreeze.load().logits(""), "The text has 0 tokens"),
         (lambda: litfreeze.load().logits([10**6]), "1000000"),
+        (lambda: litfreeze.load().logits([-1]), "which are 0 or more; not .-1"),
+        (lambda: litfreeze.load().logits([1.7]), "logits takes a text, or a list of tokens"),
+        (lambda: litfreeze.load(5), "checkpoint_dir: 5 is not a path"),
+        (lambda: litfreeze.load(accelerator=5), "accelerator"),
     ],
 )
 def test_what_load_refuses(ask, told):

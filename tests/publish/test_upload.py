@@ -21,6 +21,7 @@ from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.finetune.setting import recipe_yaml
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.publish.card import command
+from litfreeze.publish.public import without_places
 from litfreeze.scripts.merge import merge_delta, merge_lora
 from litfreeze.train.args import EvalArgs, TrainArgs
 
@@ -162,7 +163,8 @@ def test_nothing_tells_of_this_machine(hub, base, run, writer, tmp_path, demo_hf
     shutil.copytree(demo_hf, there)
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((there / name).read_text(encoding="utf-8"))
-        noted = {"tokenizer_file": "/home/somebody/x.json"} if name.startswith("tokenizer") else {}
+        noted = {"tokenizer_file": "secret-place/x.json", "name_or_path": "../../secret-place/llama"}
+        noted = noted | {"files": {"a": ["/home/a", "file:///home/a"]}} if name.startswith("tokenizer") else {}
         write_json(there / name, content | {"_name_or_path": str(there)} | noted)
     full, lora = tuned(checkpoint=there), tuned(finetune_lora, there, out_dir=Path("lora"))
     continued = tuned(finetune_lora, lora, out_dir=Path("more"), trainable_layers=None)
@@ -187,6 +189,30 @@ def test_nothing_tells_of_this_machine(hub, base, run, writer, tmp_path, demo_hf
     # Beside a base of its name a directory without a name on the Hub is whole too
     run("download", "me/b", "--out_dir", "back")
     assert run("verify", "back")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "/home/alice/x",
+        "~/x",
+        "~alice/x",
+        "./x",
+        "../../alice/x",
+        r"..\x",
+        r"C:\Users\alice",
+        "c:/x",
+        "file:/x",
+        r"\\pc\x",
+    ],
+)
+def test_a_place_is_left_out_at_any_depth(place):
+    """What is read stays, even if it looks like one: a token, a class, a template."""
+    read = {"id2label": {"0": "/r/news"}, "eos_token": "/end", "added_tokens_decoder": {"7": {"content": "//x"}}}
+    read |= {"chat_template": "/think {{ x }}", "additional_special_tokens": ["//"]}
+    read |= {"a": ["/", "a/b", "1/2", "https://x/y", 3, None]}
+    noted = {"_name_or_path": "org/name", "b": place, "vocab_file": None}
+    assert without_places({**read, **noted, "d": {"e": [place, {"f": place}], **noted}}) == {**read, "d": {"e": [{}]}}
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
