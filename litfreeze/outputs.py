@@ -21,6 +21,18 @@ LOGGER = "logger.json"  # the id by which a logger knows the run
 LOGS = ("metrics.csv", "blocks.csv", "tensorboard", "wandb", LOGGER)  # what a run that saved nothing leaves
 
 
+def check_new_file(option: str, path: Optional[Path]) -> None:
+    """Raises UsageError unless a file can be made at `path`: in a folder that is there, where nothing stands yet. What
+    stands there may be the very records that a command reads."""
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--{option} {path} must name a file, in a folder that is there.")
+    if path.exists():
+        raise UsageError(f"--{option} {path} exists. Name another file, or move it away.")
+
+
 def claim(out_dir: Optional[Path], method: str) -> Path:
     """A directory of this run's own, made if need be: the one asked for, or the next default that nobody has, another
     run that has just begun included.

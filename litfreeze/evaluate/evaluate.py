@@ -53,6 +53,7 @@ def setup(
     from litfreeze.evaluate.records import read_all, score
     from litfreeze.evaluate.table import describe, write_figures
     from litfreeze.launch import build_fabric
+    from litfreeze.outputs import check_new_file
     from litfreeze.precision import inference_precision
 
     data = data if isinstance(data, DataArgs) else DataArgs(path=Path(data))
@@ -65,8 +66,7 @@ def setup(
     ):  # fmt: skip
         if number is not None and number < least:
             raise UsageError(f"--{option} {number} must be at least {least}.")
-    if json is not None and (Path(json).is_dir() or not Path(json).parent.is_dir()):
-        raise UsageError(f"--json {json} must name a file, in a folder that is there.")
+    check_new_file("json", json)
     columns, notes = columns_of(checkpoint_dir, base_dir, with_base)
     has_records = data.path is not None or not names
     if has_records:

@@ -40,6 +40,7 @@ def setup(
     from litfreeze.errors import UsageError
     from litfreeze.generate.classes import likeliest, probabilities
     from litfreeze.launch import build_fabric
+    from litfreeze.outputs import check_new_file
     from litfreeze.precision import inference_precision
 
     data = data if isinstance(data, TextArgs) else TextArgs(path=Path(data))
@@ -47,8 +48,7 @@ def setup(
         raise UsageError("Say what to classify: either --text '…', or --data and a file of texts.")
     if out_csv is not None and data.path is None:
         raise UsageError("--out_csv is for the answers to --data.")
-    if out_csv is not None and (Path(out_csv).is_dir() or not Path(out_csv).parent.is_dir()):
-        raise UsageError(f"--out_csv {out_csv} must name a file, in a folder that is there.")
+    check_new_file("out_csv", out_csv)
     if top != TOP and data.path is not None:
         raise UsageError("--top is for --text; --out_csv has the likeliest class of each and its probability.")
     if top < 1:

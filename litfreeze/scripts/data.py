@@ -46,12 +46,14 @@ def show(
     from litfreeze.errors import UsageError
     from litfreeze.finetune.setting import with_demo_data
     from litfreeze.finetune.task import fitted
+    from litfreeze.outputs import check_new_file
     from litfreeze.train.prepare import read_samples
 
     if n < 0:
         raise UsageError(f"--n {n} must be at least 0.")
     if png is not None and (Path(png).suffix != ".png" or not Path(png).absolute().parent.is_dir()):
         raise UsageError(f"--png {png} must name a .png file, in a folder that is there.")
+    check_new_file("png", png)
     data = with_demo_data(data)
     checkpoint, _ = fitted(open_checkpoint(checkpoint_dir or MODEL_DIR), task, data, SEED)
     labels, tokenizer = checkpoint.config.labels, checkpoint.tokenizer()

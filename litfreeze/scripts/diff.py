@@ -36,11 +36,11 @@ def setup(
     from litfreeze.checkpoint.compare import compare
     from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.checkpoint.tensors import write_text
-    from litfreeze.errors import RunError, UsageError
+    from litfreeze.errors import RunError
+    from litfreeze.outputs import check_new_file
 
-    for option, file in (("json", json), ("png", png)):
-        if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-            raise UsageError(f"--{option} {file} must name a file, in a folder that is there.")
+    check_new_file("json", json)
+    check_new_file("png", png)
     comparison = compare(open_checkpoint(a, a_base_dir), open_checkpoint(b, b_base_dir), expect_only)
     if json is not None:
         write_text(Path(json), comparison.to_json())

@@ -55,10 +55,10 @@ def setup(
     from litfreeze.finetune.task import fitted
     from litfreeze.freeze.layers import format_layers
     from litfreeze.launch import build_fabric
+    from litfreeze.outputs import check_new_file
 
-    for option, file in (("out_json", out_json), ("png", png)):
-        if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-            raise UsageError(f"--{option} {file} must name a file, in a folder that is there.")
+    check_new_file("out_json", out_json)
+    check_new_file("png", png)
     for option, number in (("samples", samples), ("micro_batch_size", micro_batch_size)):
         if number is not None and number < 1:
             raise UsageError(f"--{option} {number} must be at least 1.")
