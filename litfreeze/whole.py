@@ -22,7 +22,7 @@ def check_new_file(option: str, path: Optional[Path], suffix: str = "") -> None:
         kind = f"{suffix} file" if suffix else "file"
         raise UsageError(f"--{option} {path} must name a {kind}, in a folder that is there.")
     if path.exists():
-        raise UsageError(f"--{option} {path} exists. Choose another name, or move it away.")
+        raise UsageError(f"--{option} {path} exists. Name another file, or move it away.")
 
 
 def check_new_directory(path: Path, option: str = "out_dir") -> None:

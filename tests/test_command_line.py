@@ -523,3 +523,23 @@ def test_a_closed_pipe_is_quiet():
         child.stdout.close()
         assert child.stderr.read() == b""
     assert child.returncode == 141
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate --data {0} --json {0}",
+        "classify --checkpoint_dir nowhere --data {0} --out_csv {0}",
+        "diff nowhere nowhere --json {0}",
+        "diff nowhere nowhere --png {0}",
+        "rank --out_json {0}",
+        "rank --png {0}",
+        "data show --data {0} --png {0}",
+    ],
+)
+def test_a_file_that_is_there_is_not_replaced(words, tmp_path, capsys):
+    file = tmp_path / "mine.png"
+    file.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    assert main(words.format(file).split()) == 2
+    assert f"{file} exists. Name another file" in capsys.readouterr().err
+    assert file.read_text(encoding="utf-8") == '{"prompt": "a", "completion": "b"}\n'

@@ -304,6 +304,9 @@ def open_beneath(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Pat
         places = [located(known["hub"])]
     if not places and base_dir is not None:
         raise UsageError(f"--base_dir {base_dir} is no checkpoint.")
+    needed = manifest.get("holds") == TRAINED  # else it is looked for, and no option can name another
+    if not places and not needed:
+        raise UsageError(f"{path} was trained from {known['path']}, which is no longer there.")
     if not places:
         raise UsageError(
             f"{path} holds only what trained, over {known['path']}, which is no longer there. "
@@ -322,9 +325,8 @@ def open_beneath(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Pat
         if force or found == known["weights_hash"]:
             return base
         refused.append(f"{place} is not the base that {path} was trained on (its weights have sha256 {found[:16]}…, ")
-    raise UsageError(
-        f"{refused[0]}not {known['weights_hash'][:16]}…). Name that one with --base_dir, or insist with --force_base."
-    )
+    advice = " Name that one with --base_dir, or insist with --force_base." if needed else ""
+    raise UsageError(f"{refused[0]}not {known['weights_hash'][:16]}…).{advice}")
 
 
 def _has_config(place: Path) -> bool:

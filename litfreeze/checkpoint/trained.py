@@ -100,7 +100,7 @@ def write_trained(
     if whole:
         layout = {name: (save_dtype or dtype, shape) for name, (dtype, shape) in checkpoint.layout().items()}
         config = checkpoint.hf_config if save_dtype is None else stored_as(checkpoint.hf_config, save_dtype)
-        manifest = {**manifest, "base": identity(checkpoint, Path(out_dir))}
+        manifest = {**manifest, "base": identity(checkpoint.whole, Path(out_dir))}
         written = write_checkpoint(out_dir, config, layout, read, manifest, checkpoint.tokenizer_dir)
     else:
         names = plan.trained.union(checkpoint.tensors if checkpoint.base is not None else ())

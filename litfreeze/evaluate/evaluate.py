@@ -76,11 +76,12 @@ def setup(
     elif data != DataArgs():
         raise UsageError("--data.… stands without --data FILE, and only --tasks are looked at.")
     if names:
-        from litfreeze.evaluate.harness import load_tasks, run_tasks
+        from litfreeze.evaluate.harness import check_tasks, load_tasks, run_tasks
 
         if columns[0].checkpoint.config.labels:
             raise UsageError(f"--tasks: {columns[0].name} is a classifier and writes nothing.")
         loaded = load_tasks(names, include_path, num_fewshot)
+        check_tasks(loaded, min(column.checkpoint.config.block_size for column in columns))
     fabric, kept = build_fabric(accelerator, 1, 1, inference_precision(accelerator, precision))
     figures = []
     for i, column in enumerate(columns):

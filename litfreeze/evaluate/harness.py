@@ -119,23 +119,44 @@ class Ours(TemplateLM):
         return [self._answer(*request.args, seed) for seed, request in enumerate(shown)]
 
     def _answer(self, context: str, asked: dict[str, Any], seed: int) -> str:
-        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+        from lm_eval.models.utils import handle_stop_sequences
 
-        asked = dict(normalize_gen_kwargs(asked, NEW_TOKENS))
+        until_words, count, sampling = generation(asked)
         end = self.tokens.decode([self.eot_token_id], skip_special_tokens=False)
-        stops = [stop for stop in handle_stop_sequences(asked.pop("until"), end) if stop]
-        count, draws = asked.pop("max_gen_toks"), asked.pop("do_sample")
-        drawn = Sampling(float(asked.pop("temperature", 1.0)), asked.pop("top_k", None), float(asked.pop("top_p", 1.0)))
-        sampling = drawn if draws else Sampling()
-        if asked:
-            raise UsageError(f"A task asks for {', '.join(asked)}, which litfreeze does not know in generation.")
+        stops = [stop for stop in handle_stop_sequences(until_words, end) if stop]
         room = self.max_length - count
-        if room < 1:
-            raise UsageError(f"A task asks for answers of {count} tokens; this model has {self.max_length} positions.")
         tokens = self.tok_encode(context)[-room:]
         stop_ids, texts = self.tokens.ends(stops)
         new = generate_tokens(self.model, tokens, count, stop_ids, sampling, seed)
         return "".join(until(self.tokens.stream(), new, texts))
+
+
+def generation(asked: dict[str, Any]) -> tuple[Any, int, Sampling]:
+    """What ends an answer, how many tokens it may have and how they are drawn, of a task's generation_kwargs. Raises
+    UsageError for what litfreeze does not know."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    asked = dict(normalize_gen_kwargs(asked, NEW_TOKENS))
+    ends, count, draws = asked.pop("until", []), asked.pop("max_gen_toks"), asked.pop("do_sample")
+    drawn = Sampling(float(asked.pop("temperature", 1.0)), asked.pop("top_k", None), float(asked.pop("top_p", 1.0)))
+    if asked.pop("num_beams", 1) != 1:
+        asked["num_beams"] = None
+    if asked:
+        raise UsageError(f"A task asks for {', '.join(asked)}, which litfreeze does not know in generation.")
+    return ends, count, drawn if draws else Sampling()
+
+
+def check_tasks(loaded: dict[str, Any], positions: int) -> None:
+    """Raises UsageError for a task whose answers a model of so many `positions` cannot give."""
+    for name, task in loaded["tasks"].items():
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        try:
+            _, count, _ = generation(task.get_config("generation_kwargs") or {})
+        except UsageError as error:
+            raise UsageError(f"--tasks {name}: {error}") from None
+        if count >= positions:
+            raise UsageError(f"--tasks {name} asks for answers of {count} tokens; a model has {positions} positions.")
 
 
 def load_tasks(names: Sequence[str], include_path: Optional[Path], num_fewshot: Optional[int]) -> dict[str, Any]:

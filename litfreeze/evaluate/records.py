@@ -32,14 +32,17 @@ def read_all(columns: Sequence[Column], data: DataArgs, limit: int | None) -> tu
             raise UsageError(f"--data.{name}: evaluate looks at all records of --data. Leave it out.")
     split = only_split(data.path, data.subset) if data.split is None and is_dataset(data.path) else data.split
     everything = replace(data, split=split, val_split_fraction=0)
-    found, told = [], ""
+    found, told = [], []
     for column in columns:
         tokenizer = column.checkpoint.tokenizer()
         prompt = Prompt.choose(data.prompt_style, column.asked_as.prompt, tokenizer, data.prompt_args)
         samples = read_samples(column.checkpoint, everything, tokenizer, prompt)
         found.append(samples.train[:limit])
-        told = f"Data      {data.path}: {samples.counts.describe()}, {len(found[-1]):,} of them measured"
-    return found, told
+        told.append(f"{samples.counts.describe()}, {len(found[-1]):,} of them measured")
+    if len(set(told)) == 1:
+        return found, f"Data      {data.path}: {told[0]}"
+    lines = [f"Data      {data.path}, which is not the same to all of them:"]
+    return found, "\n".join(lines + [f"          {c.name}: {said}" for c, said in zip(columns, told, strict=True)])
 
 
 def score(fabric: Fabric, model: GPT, samples: Sequence[Sample], data: DataArgs, micro_batch_size: int) -> Scores:

@@ -4,6 +4,7 @@ Several checkpoints over one base answer side by side. Each has a model of its o
 same objects, but for those that the checkpoint holds itself: an adapter, or the weights of a delta. So nothing is read
 or moved to go from one to another, and none can leave a trace in another."""
 
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Optional, Union
 
 from lightning_fabric import Fabric
 
+from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
+from litfreeze.checkpoint.hub import origin
 from litfreeze.data.formats import Message, to_messages
 from litfreeze.data.prompt import Prompt
 from litfreeze.errors import UsageError
 from litfreeze.generate.sample import Sampling, generate_tokens
 from litfreeze.generate.text import until
+from litfreeze.hub import is_hub_name
+from litfreeze.json_file import read_json
 from litfreeze.launch import build_fabric
 from litfreeze.model import GPT
 from litfreeze.outputs import FINAL
@@ -94,12 +99,14 @@ def open_answerers(
     base_dir: Optional[Path] = None,
     adapters: Union[str, Collection[str], None] = None,
     prompt_style: Optional[str] = None,
+    tell: bool = True,
 ) -> dict[str, Answerer]:
     """By name: the checkpoint, its base if it stands over one, and the adapters or deltas over that base. The first is
     the one to ask by default. No weights are loaded.
 
     A checkpoint that is whole is called base. One over a base goes by the name of its folder, or of its run's, if that
-    is `final`. `adapters` are texts NAME=DIR. Raises UsageError if one of them has another base, or a name is taken."""
+    is `final`. `adapters` are texts NAME=DIR. Raises UsageError if one of them has another base, or a name is taken.
+    With `tell`, standard error gets a note of each PEFT adapter whose base cannot be known for this one."""
     first = open_checkpoint(checkpoint_dir, base_dir)
     opened = {BASE: first}
     if first.base is not None:
@@ -113,9 +120,39 @@ def open_answerers(
             raise UsageError(f"--adapters: the name {name} is taken. Taken are {', '.join(opened)}.")
         try:
             opened[name] = open_checkpoint(path, opened[BASE].path)
+            note = _stranger(opened[name], opened[BASE])
         except UsageError as error:
             raise UsageError(f"--adapters {name}: {error}") from None
+        if note and tell:
+            print(f"Note      --adapters {name}: {note}", file=sys.stderr, flush=True)
     return {name: Answerer(checkpoint, prompt_style) for name, checkpoint in opened.items()}
+
+
+def _stranger(adapter: Checkpoint, base: Checkpoint) -> str:
+    """Why it cannot be known that a PEFT adapter belongs over `base`: PEFT has its base's name, and no hash. Raises
+    UsageError if it names another one."""
+    if adapter.manifest is not None:
+        return ""
+    named = read_json(adapter.path / PEFT_CONFIG).get("base_model_name_or_path")
+    known = [name for name in (origin(base.path), (base.manifest or {}).get("source")) if name]
+    if not isinstance(named, str) or not named:
+        return f"{adapter.path} names no base; it is put over {base.path}."
+    here = Path(named)
+    if (here / "config.json").is_file():
+        places = {base.path.resolve(), *(Path(name).resolve() for name in known if not is_hub_name(name))}
+        same = here.resolve() in places or open_checkpoint(here).weights_hash == base.weights_hash
+    elif named in known:
+        same = True
+    elif is_hub_name(named) and any(map(is_hub_name, known)):
+        same = named.partition("@")[0] in {name.partition("@")[0] for name in known}
+    else:
+        return f"{adapter.path} names {named} as its base; whether {base.path} is that cannot be known."
+    if not same:
+        raise UsageError(
+            f"{adapter.path} was trained over {named}, and not over {base.path}. If it belongs there all the "
+            f"same: --checkpoint_dir {adapter.path} --base_dir {base.path}."
+        )
+    return ""
 
 
 def _named(adapters: Union[str, Collection[str], None]) -> dict[str, Path]:

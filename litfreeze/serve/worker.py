@@ -53,7 +53,8 @@ class Answers(litserve.LitAPI):
 
         leave_with_parent()
         served = self.served
-        self.answerers = open_answerers(served.checkpoint_dir, served.base_dir, served.adapters, served.prompt_style)
+        what = served.checkpoint_dir, served.base_dir, served.adapters, served.prompt_style
+        self.answerers = open_answerers(*what, tell=False)  # the first process has told
         load_models(self.answerers.values(), served.accelerator, served.precision)
 
     def predict(self, request: tuple[int, Asked]) -> Iterator[dict[str, Any]]:
@@ -69,6 +70,9 @@ class Answers(litserve.LitAPI):
             tokens = answerer.tokens(asked.messages)
         except UsageError as error:
             yield {"refused": {"message": str(error), "param": "messages"}}
+            return
+        if not tokens:
+            yield {"refused": {"message": "The prompt is empty.", "param": "messages"}}
             return
         if len(tokens) + (asked.max_tokens or 1) > size:
             told = f"This model's context is {size} tokens; the messages are {len(tokens)}"

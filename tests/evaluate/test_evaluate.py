@@ -3,6 +3,7 @@ what; and what is refused."""
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.directory import open_checkpoint
+from litfreeze.checkpoint.directory import began_from, open_checkpoint
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE, VAL_FILE
 from litfreeze.evaluate.evaluate import setup as evaluate
@@ -115,7 +116,21 @@ def test_a_base_that_is_gone_is_told(few, tmp_path, capsys):
     ).checkpoint_dir
     shutil.rmtree(base)
     assert len(evaluate(str(whole), data=few, limit=4)) == 1
-    assert "its base is left out" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "its base is left out" in told and "--base_dir" not in told  # which a whole checkpoint does not take
+
+
+def test_what_columns_do_not_have_in_common_is_told_of_each(few, tmp_path, capsys):
+    short = tmp_path / "short"
+    shutil.copytree(MODEL_DIR, short)
+    config = json.loads((short / "config.json").read_text(encoding="utf-8"))
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}), encoding="utf-8")
+    long = {"prompt": "play some jazz " * 6, "completion": "Play"}
+    data = write(tmp_path / "d.jsonl", [long, {"prompt": "play jazz", "completion": "Play"}])
+    evaluate([str(short), str(MODEL_DIR)], data=DataArgs(path=data, overlong="drop"))
+    told = capsys.readouterr().out
+    assert re.search(rf"^ +{re.escape(str(short))}: .*, 1 of them measured$", told, re.M)
+    assert re.search(r"^ +demo: .*, 2 of them measured$", told, re.M)
 
 
 def test_the_base_is_asked_in_the_style_of_what_was_trained(few, tmp_path):
@@ -123,6 +138,17 @@ def test_the_base_is_asked_in_the_style_of_what_was_trained(few, tmp_path):
     run = finetune_full(data=DataArgs(path=TRAIN_FILE, val_path=few, prompt_style="alpaca"), **options)
     base, _ = evaluate(str(run.checkpoint_dir), data=few)
     assert base["records"].loss == pytest.approx(run.outcome.before.loss, rel=1e-6)
+
+
+def test_what_was_saved_whole_knows_what_it_began_from(run, tmp_path):
+    """Also where that was made another in memory: a classifier, what stands over its base."""
+    (tmp_path / "c.csv").write_text("text,label\n" + "play jazz,a\nbook a table,b\n" * 4, encoding="utf-8")
+    words = {"trainable_layers": "11", "train": FEW, "save": "full"}
+    classifier = finetune_full(data=DataArgs(path=tmp_path / "c.csv"), task="classification",
+                               out_dir=tmp_path / "classes", **words)  # fmt: skip
+    further = finetune_full(run.checkpoint_dir, out_dir=tmp_path / "further", **words)
+    for made in (classifier, further):
+        assert began_from(open_checkpoint(made.checkpoint_dir)).path == MODEL_DIR.resolve()
 
 
 def test_a_classifier_has_accuracy_and_f1(few, tmp_path, capsys):

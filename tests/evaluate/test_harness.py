@@ -192,15 +192,22 @@ def test_an_answer_stops_at_a_special_token_as_hflms(demo_dir, tmp_path):
     assert answer == expected == ["music"]
 
 
-def test_what_is_wrong_with_tasks_is_told(tasks, tmp_path, capsys):
+def test_what_is_wrong_with_tasks_is_told(tasks, tmp_path, capsys, monkeypatch):
     absent = {"task": "no_data", "dataset_path": "json", "dataset_kwargs": {"data_files": "/no/such.jsonl"}}
     write_json(tmp_path / "bad.yaml", absent | TASKS["own_text"])
+    own = json.loads((tasks / "own_answer.yaml").read_text(encoding="utf-8"))
+    for name, more in (("beams", {"num_beams": 2}), ("much", {"max_gen_toks": 600, "num_beams": 1})):
+        kwargs = {key: value for key, value in own["generation_kwargs"].items() if key != "max_gen_toks"} | more
+        write_json(tmp_path / f"{name}.yaml", own | {"task": name, "generation_kwargs": kwargs})
+    monkeypatch.setattr("litfreeze.checkpoint.directory.load_model", None)  # all of it is told before
     local = ["--include_path", str(tasks)]
     for words, code, told in (
         (["--tasks", "own_choic", *local], 2, "Did you mean 'own_choice'?"),
         (["--tasks", "own_choice", "--include_path", "no/folder"], 2, "is no folder here"),
         (["--tasks", "no_data", "--include_path", str(tmp_path)], 1, "no_data cannot be loaded"),
         (["--tasks", "own_choice", "--data.seed", "3", *local], 2, "without --data"),
+        (["--tasks", "beams", "--include_path", str(tmp_path)], 2, "beams: A task asks for num_beams"),
+        (["--tasks", "much", "--include_path", str(tmp_path)], 2, "much asks for answers of 600 tokens"),
     ):
         assert main(["evaluate", *words]) == code
         assert told in capsys.readouterr().err

@@ -1,5 +1,9 @@
 """Several checkpoints over one base: they answer as if each stood alone, and have in memory once what they share."""
 
+import json
+import shutil
+from contextlib import nullcontext
+
 import pytest
 
 from litfreeze.checkpoint.directory import load_model, open_checkpoint
@@ -9,7 +13,7 @@ from litfreeze.errors import UsageError
 from litfreeze.generate.answer import BASE, Answer, Answerer, load_models, open_answerers
 from litfreeze.generate.base import setup as generate
 from litfreeze.generate.sample import Sampling, generate_tokens
-from litfreeze.scripts.merge import merge_delta
+from litfreeze.scripts.merge import merge_delta, merge_lora
 
 PROMPTS = ("Play some jazz", "Book a table for six in a bar", "What is the weather in Rome?")
 
@@ -84,6 +88,28 @@ def test_a_peft_adapter_and_a_merged_directory(tmp_path, adapter, delta, several
     # An adapter that trained over other weights than these is none of theirs
     with pytest.raises(UsageError, match=r"--adapters x: .*merged is not the base that .* was trained on"):
         open_answerers(tmp_path / "merged", adapters=f"x={adapter}")
+
+
+def test_a_peft_adapter_of_another_base_is_refused_or_told(tmp_path, adapter, capsys):
+    write_peft(tmp_path / "peft", open_checkpoint(adapter))
+    other, file = tmp_path / "other", tmp_path / "peft" / "adapter_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    merge_lora(adapter, tmp_path / "other")
+    words = {"adapters": f"p={tmp_path / 'peft'}"}
+    with pytest.raises(UsageError, match=r"was trained over .*, and not over .*other"):
+        open_answerers(other, **words)
+    copy = shutil.copytree(MODEL_DIR, tmp_path / "copy")
+    open_answerers(copy, **words)  # other files, the same weights
+    assert capsys.readouterr().err == ""
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": "some-org/a-model"}), encoding="utf-8")
+    assert list(open_answerers(copy, **words)) == [BASE, "p"]
+    assert "names some-org/a-model as its base; whether" in capsys.readouterr().err
+    manifest = json.loads((copy / "litfreeze.json").read_text(encoding="utf-8"))
+    for source, same in (("some-org/a-model@1234", True), ("some-org/another", False)):
+        (copy / "litfreeze.json").write_text(json.dumps(manifest | {"source": source}), encoding="utf-8")
+        with nullcontext() if same else pytest.raises(UsageError, match="was trained over some-org/a-model"):
+            open_answerers(copy, **words)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

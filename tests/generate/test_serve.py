@@ -320,6 +320,19 @@ def test_without_litserve_it_is_told_what_to_install(capsys, monkeypatch):
     assert "pip install 'litfreeze[serve]'" in capsys.readouterr().err
 
 
+def test_an_empty_prompt_is_refused_before_anything_is_said():
+    from litfreeze.serve.completions import read_request
+    from litfreeze.serve.worker import Answers, Served
+
+    answers = Answers(Served(MODEL_DIR, None, None, "plain", 8, "cpu", None), ["base"], None)
+    answers.answerers = open_answerers(MODEL_DIR, prompt_style="plain")
+    for content in ("", []):
+        messages = [{"role": "user", "content": content}]
+        asked = read_request({"model": "base", "messages": messages, "stream": True}, ["base"])
+        told = list(answers.predict((0, asked)))
+        assert told == [{"refused": {"message": "The prompt is empty.", "param": "messages"}}]
+
+
 @pytest.mark.parametrize(
     ("headers", "key", "passes"),
     [

@@ -180,6 +180,7 @@ def act(run: Run, name: str, words: Sequence[str]) -> None:
         raise UsageError(f"{name} is running.")
     log = run.folder / f"{name}.log"
     log.write_bytes(b"")
+    (run.folder / f"{name}.png").unlink(missing_ok=True)  # of the last time: diff replaces no file
     task = Task(name, list(words), *_launch(run.root, words, log))
     write_text(run.folder / f"{name}.task", json.dumps(asdict(task)))
 
