@@ -104,7 +104,7 @@ def test_nothing_stays_of_what_was_kept_on_disk(show, tmp_path):
     ("words", "told"),
     [
         (["--n", "-1"], "--n -1 must be at least 0"),
-        (["--index", "99"], "--index 99: no sample comes from there"),
+        (["--index", "99"], "--index 99: no sample begins there"),
         (["--png", "nowhere/a.png"], "--png nowhere/a.png must name a .png file, in a folder that is there"),
         (["--data.split", "train"], "--data.split train is for Hugging Face datasets, and a.jsonl is not one"),
         (["--data.max_seq_length", "9999"], "--data.max_seq_length 9999 is more than the 512 positions"),

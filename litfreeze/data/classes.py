@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 
 from litfreeze.data.args import DataArgs, TextArgs
-from litfreeze.data.counts import Counts
+from litfreeze.data.counts import Counts, given
 from litfreeze.data.formats import text_in
 from litfreeze.data.records import read_records
 from litfreeze.data.samples import AT_ONCE, filling
 from litfreeze.data.shelf import IGNORE, Sample, Shelf
-from litfreeze.data.split import Samples, read_and_split, splits_of, subset_of
+from litfreeze.data.split import Samples, read_and_split, splits_of, subset_of, validation_in
 from litfreeze.errors import UsageError, did_you_mean
 from litfreeze.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def read_labelled(
     Raises UsageError at the end for records without a text or, if `needs_label`, without a class, and if nothing is
     left."""
     usable = 0
-    for record in read_records(path, subset_of(args, path), split):
+    for record in read_records(path, subset_of(args, path), split, validation_in(args, path)):
         counts.read += 1
         try:
             if record.problem:
@@ -105,7 +105,7 @@ def read_labelled(
         except UsageError as error:
             counts.met(record, error)
             continue
-        counts.unused_keys |= record.fields.keys() - used - named
+        counts.unused_keys |= given(record.fields) - used - named
         if text.strip() and label != "":
             usable += 1
             yield Labelled(text, label, record.source)

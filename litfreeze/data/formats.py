@@ -1,6 +1,6 @@
 """Records to messages or plain text: Alpaca, chat, prompt/completion and text, told by their keys."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from litfreeze.errors import UsageError
@@ -21,11 +21,11 @@ _ROLES = {
 def to_conversation(fields: Mapping[str, Any], format: str = "auto") -> list[Message] | str:
     """The messages of a record, or its plain text.
 
-    A `system` key beside Alpaca, ShareGPT or prompt/completion keys, and Alpaca's `history` (pairs of earlier
-    instruction and output), become messages before the others.
+    A `system` key beside Alpaca, ShareGPT or prompt/completion keys, and `history` (pairs of an earlier prompt and its
+    answer) beside Alpaca or prompt/completion keys, become messages before the others.
 
     Args:
-        fields: The record. Keys that the format does not use are left aside.
+        fields: The record. Keys that the format does not use are left aside: `used_keys` has the others.
         format: auto, alpaca, chat, completion or text. auto takes the first that fits, in the order chat, alpaca,
             completion, text.
 
@@ -49,8 +49,34 @@ _KEYS = {
 }
 
 
-_SINGLE = ("messages", "conversations", "system", "instruction", "input", "output", "history", "text")
-USED_KEYS = frozenset(_SINGLE).union(*_PAIRS)
+def used_keys(fields: Mapping[str, Any], format: str = "auto") -> frozenset[str]:
+    """The keys that `to_conversation` looks at in a record of which it made something."""
+    if format in ("auto", "chat") and (key := next((k for k in ("messages", "conversations") if k in fields), None)):
+        return frozenset((key, "system"))
+    if format in ("auto", "alpaca") and "instruction" in fields and "output" in fields:
+        return _ALPACA
+    if format in ("auto", "completion"):
+        for pair in _PAIRS:
+            if fields.keys() >= set(pair):
+                return frozenset((*pair, "system", "history"))
+    return frozenset(("text",))
+
+
+def lacking(given: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of the keys `names` that a record has no value for, and of which it has the other half: 'output' beside an
+    instruction. None where it is whole by other keys."""
+    pairs = (("instruction", "output"), *_PAIRS)
+    if given.keys() & {"messages", "conversations"} or any(given.keys() >= set(pair) for pair in pairs):
+        return []
+    return [
+        absent
+        for pair in pairs
+        for here, absent in (pair, pair[::-1])
+        if here in given and absent in names and absent not in given
+    ]
+
+
+_ALPACA = frozenset(("instruction", "input", "output", "system", "history"))
 
 
 def _chat(fields: Mapping[str, Any]) -> list[Message] | None:
@@ -82,6 +108,8 @@ def _turn(turn: Any, where: str, role_key: str = "role", content_key: str = "con
     if role is None:
         raise UsageError(f"{where} has the unknown {role_key} {turn[role_key]!r}; known are {', '.join(_ROLES)}")
     others = {name: value for name, value in turn.items() if name not in (role_key, content_key)}
+    if others.get("weight") not in (None, 0, 1):
+        raise UsageError(f"{where} has the weight {others['weight']!r}; known are 0, not to be learned, and 1")
     return {"role": role, "content": text_in(turn, content_key, where), **others}
 
 
@@ -97,16 +125,7 @@ def to_messages(turns: Any) -> list[Message]:
 def _alpaca(fields: Mapping[str, Any]) -> list[Message] | None:
     if "instruction" not in fields or "output" not in fields:
         return None
-    messages = _system(fields)
-    history = fields.get("history") or []
-    if not isinstance(history, list):
-        raise UsageError("'history' should be a list of [instruction, output] pairs")
-    for pair in history:
-        if not (isinstance(pair, list) and len(pair) == 2):
-            raise UsageError("'history' should be a list of [instruction, output] pairs")
-        earlier = {"instruction": pair[0], "output": pair[1]}
-        messages.append({"role": "user", "content": text_in(earlier, "instruction", "'history'")})
-        messages.append({"role": "assistant", "content": text_in(earlier, "output", "'history'")})
+    messages = [*_system(fields), *_history(fields)]
     instruction = text_in(fields, "instruction")
     user: Message = {"role": "user", "content": instruction}
     if fields.get("input"):
@@ -121,6 +140,7 @@ def _completion(fields: Mapping[str, Any]) -> list[Message] | None:
         if prompt in fields and completion in fields:
             return [
                 *_system(fields),
+                *_history(fields),
                 {"role": "user", "content": text_in(fields, prompt)},
                 {"role": "assistant", "content": text_in(fields, completion)},
             ]
@@ -133,6 +153,20 @@ def _text(fields: Mapping[str, Any]) -> str | None:
 
 def _system(fields: Mapping[str, Any]) -> list[Message]:
     return [{"role": "system", "content": text_in(fields, "system")}] if fields.get("system") else []
+
+
+def _history(fields: Mapping[str, Any]) -> list[Message]:
+    messages: list[Message] = []
+    history = fields.get("history") or []
+    if not isinstance(history, list):
+        raise UsageError("'history' should be a list of [instruction, output] pairs")
+    for pair in history:
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise UsageError("'history' should be a list of [instruction, output] pairs")
+        earlier = {"instruction": pair[0], "output": pair[1]}
+        messages.append({"role": "user", "content": text_in(earlier, "instruction", "'history'")})
+        messages.append({"role": "assistant", "content": text_in(earlier, "output", "'history'")})
+    return messages
 
 
 def text_in(fields: Mapping[str, Any], key: str, where: str = "") -> str:

@@ -83,9 +83,9 @@ class Prompt:
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """The text of a conversation up to its last response, cut into what is given and what is learned.
 
-        Learned is every assistant message and what closes its turn, up to the end token: not the line break after it,
-        nor anything after the last one. Tokenise the segments one by one, since that is what happens in a generation:
-        the model goes on after the tokens of the prompt.
+        Learned is every assistant message, unless its `weight` is 0, and what closes its turn, up to the end token: not
+        the line break after it, nor anything after the last one. Tokenise the segments one by one, since that is what
+        happens in a generation: the model goes on after the tokens of the prompt.
 
         Raises:
             UsageError: There is no assistant message, or the style cannot tell its place in the text.
@@ -127,8 +127,11 @@ class Prompt:
         segments: list[Segment] = []
         given = ""
         for i, message in enumerate(messages):
+            if message.get("tool_calls"):
+                raise UsageError(f"the prompt style {self.style} cannot write 'tool_calls'")
             if message["role"] == "assistant":
-                segments += [(given + style.opens, False), (message["content"] + self._end(style.closes), True)]
+                learned = message.get("weight") != 0
+                segments += [(given + style.opens, False), (message["content"] + self._end(style.closes), learned)]
                 given = style.between
             elif message["role"] == "tool":
                 raise UsageError(f"the prompt style {self.style} cannot write the role 'tool'")
@@ -155,11 +158,11 @@ class Prompt:
             start, end = self._span(messages, i, whole)
             if not at <= start < end:
                 raise UsageError(_LOST.format(i + 1))
-            segments += [(whole[at:start], False), (whole[start:end], True)]
+            segments += [(whole[at:start], False), (whole[start:end], message.get("weight") != 0)]
             at = end
-        text, _ = segments[-1]
+        text, learned = segments[-1]
         if text.endswith(messages[-1]["content"].strip()):  # a template that closes the turn with nothing
-            segments[-1] = (text + (self.tokenizer.eos_token or ""), True)
+            segments[-1] = (text + (self.tokenizer.eos_token or ""), learned)
         return segments
 
     def _render(self, messages: Sequence[Message]) -> str:

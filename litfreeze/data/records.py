@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from litfreeze.data import hf_datasets
-from litfreeze.data.columns import parquet_rows
+from litfreeze.data.columns import check_names, parquet_rows
 from litfreeze.data.hf_datasets import SUFFIXES
 from litfreeze.errors import UsageError, did_you_mean
 
@@ -31,9 +31,10 @@ class Record:
     problem: str = ""
 
 
-def data_files(path: str | Path, subset: Optional[str] = None) -> list[Path]:
+def data_files(path: str | Path, subset: Optional[str] = None, without: Optional[Path] = None) -> list[Path]:
     """The data files that `path` stands for: itself, or those directly in the folder, sorted by name; the Arrow files
-    of a set of Hugging Face's `datasets`, which is downloaded if need be.
+    of a set of Hugging Face's `datasets`, which is downloaded if need be. Of a folder, the file `without` is none of
+    them, nor is a .txt beside files of records: it tells about them.
 
     Raises:
         UsageError: Nothing is there, or nothing with a known suffix.
@@ -42,10 +43,11 @@ def data_files(path: str | Path, subset: Optional[str] = None) -> list[Path]:
     if hf_datasets.is_dataset(path):
         return hf_datasets.files_of(path, subset)
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if _is_data(f) and f.is_file() and not f.name.startswith("."))
+        out = None if without is None else Path(without).resolve()
+        files = [f for f in _inside(path) if _is_data(f) and f.resolve() != out]
         if not files:
             raise UsageError(f"The folder {path} holds no data file; the known ones are {known}.")
-        return files
+        return [f for f in files if f.suffix.lower() != ".txt"] or files
     if not path.exists():
         near = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UsageError(f"There is no data at {path}.{did_you_mean(path.name, near)}")
@@ -54,8 +56,22 @@ def data_files(path: str | Path, subset: Optional[str] = None) -> list[Path]:
     return [path]
 
 
-def read_records(path: str | Path, subset: Optional[str] = None, split: Optional[str] = None) -> Iterator[Record]:
-    """The records of a file or folder, in order. A line that is no record comes as one with a `problem`.
+def passed_over(path: str | Path, files: list[Path]) -> list[str]:
+    """The names of what is in the folder `path` and none of its data files, `files`."""
+    taken = {file.name for file in files}
+    is_folder = Path(path).is_dir() and not hf_datasets.is_dataset(Path(path))
+    return [f.name for f in _inside(Path(path)) if f.name not in taken] if is_folder else []
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+
+
+def read_records(
+    path: str | Path, subset: Optional[str] = None, split: Optional[str] = None, without: Optional[Path] = None
+) -> Iterator[Record]:
+    """The records of a file or folder, in order, but of the file `without`. A line that is no record comes as one with
+    a `problem`.
 
     Text is UTF-8, with or without a byte order mark. A .json holds a list of objects, alone or as the only list of
     one object; a .jsonl one object a line, blank lines aside; a .csv a header and rows; a .txt one document; a .parquet
@@ -79,7 +95,7 @@ def read_records(path: str | Path, subset: Optional[str] = None, split: Optional
         ".txt": _read_txt,
         ".parquet": _read_parquet,
     }
-    for file in data_files(path):
+    for file in data_files(path, without=without):
         try:
             yield from readers[file.suffix.lower()](file)
         except UnicodeDecodeError:
@@ -133,7 +149,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             continue
         source = f"{path}:{number}"
         try:
-            yield _record(json.loads(line), source)
+            yield _record(_DECODER.decode(line), source)
         except (ValueError, RecursionError) as error:
             told = (
                 f"{error.msg.removesuffix(' at')} at column {error.colno}"
@@ -146,7 +162,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 def _read_json(path: Path) -> Iterator[Record]:
     text = "".join(_lines(path, ""))
     try:
-        whole = json.loads(text)
+        whole = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError):
             hint = " It looks like one object a line: name it .jsonl." if error.msg == "Extra data" else ""
@@ -193,7 +209,16 @@ def _elements(text: str, start: int) -> Iterator[tuple[int, Any]]:
         at = _skip(text, at + 1) if text[at] == "," else at
 
 
-_DECODER = json.JSONDecoder()
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two keys with one name JSON's usual readers take the last, and nobody knows that there was another."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"two keys are called {next(name for name in names if names.count(name) > 1)!r}")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _skip(text: str, at: int) -> int:
@@ -214,6 +239,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 continue
             if not header:
                 header = [name.strip() for name in row]
+                check_names(path, header)
             elif len(row) == len(header):
                 yield Record(dict(zip(header, row, strict=True)), source)
             else:

@@ -9,13 +9,13 @@ from typing import Optional, Union
 import numpy as np
 
 from litfreeze.data.args import DataArgs, TextArgs
-from litfreeze.data.counts import Counts
+from litfreeze.data.counts import Counts, given
 from litfreeze.data.filling import Filling
-from litfreeze.data.formats import USED_KEYS, Message, to_conversation
+from litfreeze.data.formats import Message, to_conversation, used_keys
 from litfreeze.data.prompt import Prompt, Segment
-from litfreeze.data.records import Record, data_files, read_records
+from litfreeze.data.records import Record, data_files, passed_over, read_records
 from litfreeze.data.shelf import IGNORE, Sample, Shelf
-from litfreeze.data.split import Samples, read_and_split, subset_of
+from litfreeze.data.split import Samples, read_and_split, subset_of, validation_in
 from litfreeze.errors import UsageError
 from litfreeze.sizes import megabytes
 from litfreeze.tokenizer import Tokenizer
@@ -74,7 +74,8 @@ def some_at_once(records: Iterable[Record]) -> Iterator[list[Record]]:
 def filling(path: Path, args: DataArgs, counts: Counts) -> Filling:
     """For the samples of `path`, of which a sample's numbers take about twice the bytes of its text. What memory has to
     hold as a whole is told in `counts`."""
-    sizes = {file: file.stat().st_size for file in data_files(path, subset_of(args, path))}
+    sizes = {file: file.stat().st_size for file in data_files(path, subset_of(args, path), validation_in(args, path))}
+    counts.passed_over = passed_over(path, list(sizes))
     for file, size in sizes.items():
         if size > LARGE and file.suffix.lower() in (".json", ".txt"):
             counts.whole = f"{file.name}, {megabytes(size)},"
@@ -87,7 +88,7 @@ def _read_samples(
     counts = Counts(split=split)
     made = filling(path, args, counts)
     windows = Windows(tokenizer, max_seq_length)
-    for some in some_at_once(read_records(path, subset_of(args, path), split)):
+    for some in some_at_once(read_records(path, subset_of(args, path), split, validation_in(args, path))):
         conversations: list[tuple[list[Segment], str]] = []
         texts: list[tuple[str, str]] = []
         for record in some:
@@ -96,7 +97,7 @@ def _read_samples(
                 if record.problem:
                     raise UsageError(record.problem)
                 conversation = to_conversation(record.fields, args.format)
-                counts.unused_keys |= record.fields.keys() - USED_KEYS
+                counts.unused_keys |= given(record.fields) - used_keys(record.fields, args.format)
                 if not all(text.strip() for text in _responses(conversation)):
                     counts.empty += 1
                 elif isinstance(conversation, str):

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from litfreeze.data.args import DataArgs
+from litfreeze.data.counts import printable
 from litfreeze.data.shelf import IGNORE, Sample
 from litfreeze.data.split import Samples
 from litfreeze.errors import UsageError
@@ -40,7 +41,8 @@ def numbered(samples: Iterable[Sample], lines: Collection[int]) -> list[Sample]:
     found = [sample for sample in samples if sample.source.rpartition(":")[2] in map(str, lines)]
     there = {sample.source.rpartition(":")[2] for sample in found}
     if absent := [line for line in lines if str(line) not in there]:
-        raise UsageError(f"--index {absent[0]}: no sample comes from there. It is no record, or was left out.")
+        told = "It is no record, was left out, or is plain text within a window that begins before it."
+        raise UsageError(f"--index {absent[0]}: no sample begins there. {told}")
     return found
 
 
@@ -49,7 +51,9 @@ def record(sample: Sample, tokenizer: Tokenizer, labels: Sequence[str], colours:
     count, learned = len(sample.tokens), int((sample.labels[1:] != IGNORE).sum())
     if labels:
         text = _text(sample.prompt_tokens, [False] * count, tokenizer, colours, whole)
-        answer = colours.edge(True) + colours.piece(labels[sample.labels[-1]], True, False) + colours.edge(False)
+        answer = (
+            colours.edge(True) + colours.piece(printable(labels[sample.labels[-1]]), True, False) + colours.edge(False)
+        )
         return f"{_rule(f'{sample.source}   {count - 1:,} tokens')}\n{text}\n\u2192 {answer}"
     told = "all" if learned >= count - 1 else f"{learned:,}"
     text = _text(sample.tokens, sample.labels != IGNORE, tokenizer, colours, whole)
@@ -65,8 +69,8 @@ def _text(tokens: Sequence[int], learned: Sequence[bool], tokenizer: Tokenizer, 
     pieces: list[tuple[str, bool, bool]] = []
     stream = tokenizer.stream(skip_special_tokens=False)
     for token, is_learned in zip(tokens, learned, strict=False):
-        pieces.append((_printable(stream.push(int(token))), bool(is_learned), int(token) in tokenizer.special_ids))
-    pieces.append((_printable(stream.finish()), bool(pieces and pieces[-1][1]), False))
+        pieces.append((printable(stream.push(int(token))), bool(is_learned), int(token) in tokenizer.special_ids))
+    pieces.append((printable(stream.finish()), bool(pieces and pieces[-1][1]), False))
     if not whole:
         pieces = _shortened(pieces)
     parts, inside = [], False
@@ -93,11 +97,6 @@ def _shortened(pieces: list[tuple[str, bool, bool]]) -> list[tuple[str, bool, bo
     if left_out < TAIL:
         return pieces
     return [*before, (f"\n\u2026 {left_out:,} characters \u2026\n", before[-1][1], False), *behind]
-
-
-def _printable(text: str) -> str:
-    """Without characters that a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 # ---- lengths ----

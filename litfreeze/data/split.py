@@ -11,7 +11,7 @@ from typing import Optional
 import numpy as np
 
 from litfreeze.data.args import DataArgs
-from litfreeze.data.counts import Counts, plural
+from litfreeze.data.counts import Counts, plural, printable
 from litfreeze.data.hf_datasets import is_dataset, is_on_hub, training_splits
 from litfreeze.data.records import data_files
 from litfreeze.data.shelf import Sample, Shelf, learned_of, lengths_of
@@ -51,7 +51,7 @@ class Samples:
         if self.labels:
             told = plural(tokens - len(self.train), "token")  # a class stands in the place of the last one
             found = Counter(self.labels[sample.labels[-1]] for sample in self.train).most_common()
-            each = [f"{label} ({count:,})" for label, count in found]
+            each = [f"{printable(label)} ({count:,})" for label, count in found]
             each[MOST_CLASSES - 1 : -1] = ["…"] if len(each) > MOST_CLASSES else each[MOST_CLASSES - 1 : -1]
             classes = f"\n{len(self.labels)} classes: {', '.join(each)}."
         return (
@@ -132,6 +132,12 @@ def subset_of(args: DataArgs, path: Path) -> Optional[str]:
     """The subset to read of `path`, the data's own or that of validation: both have the one that is named, if both are
     sets on the Hub."""
     return args.subset if path == args.path or is_on_hub(path) else None
+
+
+def validation_in(args: DataArgs, path: Path) -> Optional[Path]:
+    """The file of validation records that may lie in the folder `path` of the others, and is not learned from."""
+    val_path = getattr(args, "val_path", None)
+    return val_path if path == args.path and path != val_path else None
 
 
 def files_behind(args: DataArgs) -> list[Path]:
