@@ -15,10 +15,10 @@ import numpy as np
 from litfreeze.data.args import DataArgs, TextArgs
 from litfreeze.data.counts import Counts, given
 from litfreeze.data.formats import text_in
-from litfreeze.data.records import read_records
+from litfreeze.data.records import data_files, passed_over, read_records
 from litfreeze.data.samples import AT_ONCE, filling
 from litfreeze.data.shelf import IGNORE, Sample, Shelf
-from litfreeze.data.split import Samples, read_and_split, splits_of, subset_of, validation_in
+from litfreeze.data.split import Samples, other_than, read_and_split, splits_of, subset_of
 from litfreeze.errors import UsageError, did_you_mean
 from litfreeze.tokenizer import Tokenizer
 
@@ -89,8 +89,9 @@ def read_labelled(
 
     Raises UsageError at the end for records without a text or, if `needs_label`, without a class, and if nothing is
     left."""
-    usable = 0
-    for record in read_records(path, subset_of(args, path), split, validation_in(args, path)):
+    usable, other = 0, other_than(args, path)
+    counts.passed_over = passed_over(path, data_files(path, subset_of(args, path), other))
+    for record in read_records(path, subset_of(args, path), split, other):
         counts.read += 1
         try:
             if record.problem:

@@ -79,8 +79,8 @@ class Counts:
 
 
 def given(fields: Mapping[str, Any]) -> set[str]:
-    """The keys that have a value. A table has a place for one in every row."""
-    return {name for name, value in fields.items() if value is not None}
+    """The keys that have a value: a table has a place for one in every row, and Alpaca's input is often blank."""
+    return {name for name, value in fields.items() if value is not None and value != ""}
 
 
 def printable(text: str) -> str:

@@ -58,7 +58,7 @@ def used_keys(fields: Mapping[str, Any], format: str = "auto") -> frozenset[str]
     if format in ("auto", "completion"):
         for pair in _PAIRS:
             if fields.keys() >= set(pair):
-                return frozenset((*pair, "system", "history"))
+                return frozenset((*pair, "system", *(["history"] if isinstance(fields.get("history"), list) else [])))
     return frozenset(("text",))
 
 
@@ -140,7 +140,7 @@ def _completion(fields: Mapping[str, Any]) -> list[Message] | None:
         if prompt in fields and completion in fields:
             return [
                 *_system(fields),
-                *_history(fields),
+                *(_history(fields) if isinstance(fields.get("history"), list) else []),
                 {"role": "user", "content": text_in(fields, prompt)},
                 {"role": "assistant", "content": text_in(fields, completion)},
             ]

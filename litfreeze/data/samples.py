@@ -15,7 +15,7 @@ from litfreeze.data.formats import Message, to_conversation, used_keys
 from litfreeze.data.prompt import Prompt, Segment
 from litfreeze.data.records import Record, data_files, passed_over, read_records
 from litfreeze.data.shelf import IGNORE, Sample, Shelf
-from litfreeze.data.split import Samples, read_and_split, subset_of, validation_in
+from litfreeze.data.split import Samples, other_than, read_and_split, subset_of
 from litfreeze.errors import UsageError
 from litfreeze.sizes import megabytes
 from litfreeze.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def some_at_once(records: Iterable[Record]) -> Iterator[list[Record]]:
 def filling(path: Path, args: DataArgs, counts: Counts) -> Filling:
     """For the samples of `path`, of which a sample's numbers take about twice the bytes of its text. What memory has to
     hold as a whole is told in `counts`."""
-    sizes = {file: file.stat().st_size for file in data_files(path, subset_of(args, path), validation_in(args, path))}
+    sizes = {file: file.stat().st_size for file in data_files(path, subset_of(args, path), other_than(args, path))}
     counts.passed_over = passed_over(path, list(sizes))
     for file, size in sizes.items():
         if size > LARGE and file.suffix.lower() in (".json", ".txt"):
@@ -88,7 +88,7 @@ def _read_samples(
     counts = Counts(split=split)
     made = filling(path, args, counts)
     windows = Windows(tokenizer, max_seq_length)
-    for some in some_at_once(read_records(path, subset_of(args, path), split, validation_in(args, path))):
+    for some in some_at_once(read_records(path, subset_of(args, path), split, other_than(args, path))):
         conversations: list[tuple[list[Segment], str]] = []
         texts: list[tuple[str, str]] = []
         for record in some:

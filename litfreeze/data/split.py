@@ -134,13 +134,14 @@ def subset_of(args: DataArgs, path: Path) -> Optional[str]:
     return args.subset if path == args.path or is_on_hub(path) else None
 
 
-def validation_in(args: DataArgs, path: Path) -> Optional[Path]:
-    """The file of validation records that may lie in the folder `path` of the others, and is not learned from."""
-    val_path = getattr(args, "val_path", None)
-    return val_path if path == args.path and path != val_path else None
+def other_than(args: DataArgs, path: Path) -> Optional[Path]:
+    """Of the records to learn and those to validate on, where the others are: a file of theirs that lies in the folder
+    `path` is theirs alone."""
+    both = args.path, getattr(args, "val_path", None)
+    return next((other for other in both if other is not None and other != path), None)
 
 
 def files_behind(args: DataArgs) -> list[Path]:
     """The files that all records come from. Raises what `data_files` raises."""
     paths = [path for path in (args.path, args.val_path) if path is not None]
-    return [file for path in paths for file in data_files(path, subset_of(args, path))]
+    return [file for path in paths for file in data_files(path, subset_of(args, path), other_than(args, path))]

@@ -17,7 +17,7 @@ import torch
 from litfreeze.cli import SHORT, arguments, expected, options_of, read_yaml, unknown_option, write_yaml
 from litfreeze.errors import UsageError, did_you_mean
 from litfreeze.finetune import full, lora
-from litfreeze.finetune.setting import plain
+from litfreeze.finetune.recipe import plain
 from litfreeze.prefix.folder import default_cache_dir
 from litfreeze.train.job import Result
 from litfreeze.whole import write_text

@@ -1,13 +1,12 @@
 """What every finetune script does: settle its options, open the checkpoint, and make the job."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
 from functools import partial
-from operator import index
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional, SupportsIndex, Union
+from typing import Any, Optional, Union
 
 from lightning_fabric import Fabric
 
@@ -17,12 +16,13 @@ from litfreeze.checkpoint.resume import newest_point, points
 from litfreeze.choose.rank import Ranking, rank
 from litfreeze.choose.sample import draw_batches
 from litfreeze.choose.words import NEED_DATA, RECORDS, has_ranks, put_ids
-from litfreeze.cli import SHORT, arguments, options_of, write_yaml
+from litfreeze.cli import arguments
 from litfreeze.data import hf_datasets
 from litfreeze.data.args import DataArgs
 from litfreeze.data.hf_datasets import seen_from as data_from
 from litfreeze.demo import MODEL_DIR, TRAIN_DEFAULTS, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import UsageError
+from litfreeze.finetune.recipe import as_fields, by_option, not_default, plain, recipe_yaml, told_to_logger
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.rates import with_rates
 from litfreeze.freeze.words import one_of, thawing_from_words
@@ -64,8 +64,8 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
         setattr(own["data"], name, getattr(own["data"], name) and data_from(folder, getattr(own["data"], name)))
     own["data"].keep_dir = own["data"].keep_dir and folder / own["data"].keep_dir
     defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
-    changed = _leaves(_changed(vars(given), defaults), defaults)
-    group_of = {leaf: name for name, value in own.items() for leaf in _leaves({name: _fields(value)}, defaults)}
+    changed = by_option(not_default(vars(given), defaults), defaults)
+    group_of = {leaf: name for name, value in own.items() for leaf in by_option({name: as_fields(value)}, defaults)}
     for name, value in changed.items():
         group, leaf = group_of[name], name.rpartition(".")[2]
         kept = getattr(own[group], leaf) if is_dataclass(own[group]) else own[name]
@@ -204,66 +204,3 @@ def with_pins(data: Union[DataArgs, Path, str]) -> DataArgs:
     data = data if isinstance(data, DataArgs) else DataArgs(path=Path(data))
     path = data.path and hf_datasets.pinned(Path(data.path), data.subset)
     return replace(data, path=path, val_path=data.val_path and hf_datasets.pinned(Path(data.val_path), data.subset))
-
-
-def recipe_yaml(script: Callable[..., Any], options: Mapping[str, Any]) -> str:
-    """Those `options` of `script` that are not its defaults, as YAML that `--config` takes. `out_dir` is left out, so
-    that the recipe can be run again."""
-    chosen, defaults = _chosen(script, options)
-    for name in [name for name in chosen if getattr(defaults[name], "flat", False)]:
-        chosen |= chosen.pop(name)
-    return write_yaml(chosen)
-
-
-def told_to_logger(script: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same by the names of the command line, `{"train.lr": 1e-4}`. Of a path that says where it lies on this
-    machine the last part is left."""
-    hints, found = options_of(script), _leaves(*_chosen(script, options))
-    paths = {name for name in found if "Path" in str(hints[name]) and Path(str(found[name])).is_absolute()}
-    return {name: Path(str(value)).name if name in paths else value for name, value in found.items()}
-
-
-def _chosen(script: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those options that say what is learned and are not the defaults, and the defaults."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(script).parameters.items()}
-    left_out = ("out_dir", "resume", "anew", "ranked")
-    return _changed({name: value for name, value in options.items() if name not in left_out}, defaults), defaults
-
-
-def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    changed = {}
-    for name, value in values.items():
-        default = defaults[name]
-        if is_dataclass(value):
-            value = _changed(vars(value), vars(default)) or default
-        if value != default:
-            changed[name] = str(value) if isinstance(value, Path) else value
-    return changed
-
-
-def _leaves(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """{'train.lr': 1e-4, 'cache': 'ram'} of {'train': {'lr': 1e-4}, 'frozen': {'cache': 'ram'}}: by the names that the
-    command line has for them."""
-    found = {}
-    for name, value in values.items():
-        if not (is_dataclass(defaults[name]) and isinstance(value, Mapping)):
-            found[SHORT.get(name, name)] = value  # from Python, data may be a path alone
-        else:
-            before = "" if getattr(defaults[name], "flat", False) else f"{name}."
-            found |= {f"{before}{leaf}": v for leaf, v in value.items()}
-    return found
-
-
-def _fields(value: Any) -> Any:
-    return vars(value) if is_dataclass(value) else value
-
-
-def plain(value: Any) -> Any:
-    """Ranges, sets, arrays and numbers of numpy and torch, as Python gives them, as plain lists and numbers."""
-    if getattr(value, "ndim", None) == 0:
-        return value.item()
-    if isinstance(value, Mapping):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-        return [plain(item) for item in value]
-    return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value

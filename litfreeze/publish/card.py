@@ -1,6 +1,5 @@
 """README.md of what is uploaded: what trained, from what, on which data, with which losses, and the command."""
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Optional
@@ -9,8 +8,9 @@ import yaml
 
 from litfreeze.checkpoint.compare import compare
 from litfreeze.checkpoint.directory import Checkpoint, began_from
-from litfreeze.cli import Yaml, arguments
+from litfreeze.cli import arguments
 from litfreeze.errors import LitfreezeError
+from litfreeze.finetune.recipe import command
 from litfreeze.freeze.plan import EXTRAS, part_of
 from litfreeze.publish.public import SCRIPTS, public_name, public_recipe
 
@@ -131,17 +131,3 @@ def _hyperparameters(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield name, "3 % of the steps" if (value := getattr(options["train"], name)) is None else value
     yield "precision", run.get("precision")
     yield "seed", options["seed"]
-
-
-def command(method: str, recipe: str) -> list[str]:
-    """The words of the command line that says what `recipe`, the YAML of its options, does."""
-
-    def words(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
-        for name, value in values.items():
-            if isinstance(value, dict) and name != "prompt_args":
-                yield from words(value, f"{before}{name}.")
-                continue
-            option = "data" if (before, name) == ("data.", "path") else f"{before}{name}"
-            yield from (f"--{option}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-    return ["litfreeze", "finetune", method, *words(yaml.load(recipe, Loader=Yaml) or {})]

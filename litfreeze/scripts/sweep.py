@@ -56,7 +56,8 @@ def setup(
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
     from litfreeze.finetune import full, lora
-    from litfreeze.finetune.setting import recipe_yaml, with_demo_data
+    from litfreeze.finetune.recipe import command, recipe_yaml
+    from litfreeze.finetune.setting import with_demo_data
     from litfreeze.outputs import claim
 
     candidates = [str(words) for words in ([candidates] if isinstance(candidates, (str, int)) else candidates)]
@@ -103,11 +104,7 @@ def setup(
     write(out_dir, tried, sentence)
     print(f"\n{table(tried)}\n\n{sentence}\n")
     print(f"Written   {out_dir / 'sweep.json'}, {out_dir / 'sweep.png'}, and each run beside them")
-    words = {
-        "--checkpoint_dir": checkpoint_dir, "--task": task if task != "language" else None, "--data": data.path,
-        "--data.subset": data.subset, "--data.split": data.split, "--data.val_split": data.val_split,
-        "--trainable_layers": taken.candidate.layers, "--train.lr": train.lr,
-    }  # fmt: skip
-    line = " ".join(f"{option} {shlex.quote(str(value))}" for option, value in words.items() if value is not None)
-    print(f"Next      litfreeze finetune {taken.candidate.method} {line}")
+    method, layers = taken.candidate.method, taken.candidate.layers
+    script = {"full": full, "lora": lora}[method].setup
+    print(f"Next      {shlex.join(command(method, recipe_yaml(script, {**shared, 'trainable_layers': layers})))}")
     return out_dir

@@ -25,6 +25,9 @@ def test_a_folder_is_learned_without_its_validation_file_and_what_is_not_read_is
     out = capsys.readouterr().out
     told = "Read 5 records (not read in the folder: LICENSE.txt, more.jsonl.gz, val.jsonl); validation: 2 records."
     assert told in out and "5 samples for training" in out
+    words = ["--data", str(tmp_path / "train.jsonl"), "--data.val_path", str(tmp_path), "--n", "0"]
+    assert main(["data", "show", *words]) == 0
+    assert "Read 5 records; validation: 2 records (not read in the folder: LICENSE.txt, " in capsys.readouterr().out
 
 
 def test_keys_that_a_format_does_not_look_at_are_named(tmp_path, capsys):

@@ -18,7 +18,7 @@ from litfreeze.checkpoint.hub import origin
 from litfreeze.cli import parse
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
-from litfreeze.finetune.setting import recipe_yaml
+from litfreeze.finetune.recipe import recipe_yaml
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.publish.card import command
 from litfreeze.publish.public import without_places

@@ -18,7 +18,7 @@ from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import RunError, UsageError
 from litfreeze.finetune.full import setup as finetune_full
-from litfreeze.finetune.setting import recipe_yaml
+from litfreeze.finetune.recipe import recipe_yaml
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.words import plan_from_words
 from litfreeze.precision import PRECISIONS

@@ -98,7 +98,7 @@ class Form:
 
     def recipe(self, values: Values) -> str:
         """The same as YAML for `--config`, without `out_dir`. Raises UsageError for values that the command refuses."""
-        from litfreeze.finetune.setting import recipe_yaml
+        from litfreeze.finetune.recipe import recipe_yaml
 
         function, given = parse(self.words(values), COMMANDS)
         return recipe_yaml(function, given)
