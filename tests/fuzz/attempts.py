@@ -15,7 +15,7 @@ from random import Random
 from litfreeze.__main__ import main
 
 REAL = os.dup(2)  # where what ends native code tells it
-SECONDS = 10  # that one command line may take
+SECONDS = 30  # that one command line may take
 MEMORY = 8 * 2**30  # and the address space it may add: what wants more is told, and the machine is not brought down
 
 
