@@ -6,8 +6,8 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from conftest import Served, wait_for
 from litfreeze_board import runs
+from served_board import Served, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

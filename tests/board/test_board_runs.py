@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import wait_for
 from litfreeze_board import runs
 from litfreeze_board.results import Left, left_by
+from served_board import wait_for
 
 from litfreeze.errors import UsageError
 
