@@ -71,7 +71,7 @@ class Config:
     @classmethod
     def from_file(cls, path: Path) -> "Config":
         """The config of `path`, a `config.json`. Raises UsageError, naming the file."""
-        return cls.from_hf(read_json(path), str(path))
+        return cls.from_hf(language_config(read_json(path), str(path)), str(path))
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "Config":
@@ -82,7 +82,7 @@ class Config:
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UsageError(
                 f"{source}: model_type {model_type!r} is not supported.{did_you_mean(model_type, FAMILIES)} "
-                f"Supported: {', '.join(FAMILIES)}."
+                f"Supported: {', '.join(sorted([*FAMILIES, *WITH_PICTURES]))}."
             )
         architectures = fields.words("architectures")
         for architecture in architectures:
@@ -101,6 +101,20 @@ class Config:
         fields.refuse_the_rest()
         _check(config, source)
         return config
+
+
+def language_config(hf: dict[str, Any], source: str = "config.json") -> dict[str, Any]:
+    """The config.json of the language model alone if `hf` describes a model that also takes pictures, else `hf`.
+
+    What its text_config leaves out is what transformers fills in. Raises UsageError if it has none."""
+    if not isinstance(kind := hf.get("model_type"), str) or kind not in WITH_PICTURES:
+        return hf
+    model_type, architecture, unsaid = WITH_PICTURES[kind]
+    inside = hf.get("text_config")
+    if not isinstance(inside, dict) or inside.get("model_type", model_type) != model_type:
+        raise UsageError(f"{source}: a {kind} model must have a text_config of model_type {model_type!r}.")
+    outside = {key: hf[key] for key in ("tie_word_embeddings", *OF_BOTH) if hf.get(key) is not None}
+    return {**unsaid, **inside, **outside, "model_type": model_type, "architectures": [architecture]}
 
 
 # --- one function per shape of config.json --------------------------------------------------------------------------
@@ -341,6 +355,28 @@ FAMILIES = {
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
 }
+
+# Models that also take pictures: their language model's model_type and architecture, and what transformers fills in
+# where text_config does not say it
+WITH_PICTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        {
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+    )
+}
+# Fields that the whole of such a model says for its language model too
+OF_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version")
 
 
 def _check(config: Config, source: str) -> None:

@@ -26,7 +26,7 @@ from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.hub import located, origin
 from litfreeze.checkpoint.manifest import MANIFEST, STEMS, TRAINED, WHOLE, read_manifest
 from litfreeze.checkpoint.tensors import Layout, TensorDirectory, same_bits, sha256
-from litfreeze.config import Config
+from litfreeze.config import Config, language_config
 from litfreeze.errors import LitfreezeError, UsageError
 from litfreeze.hub import is_hub_name
 from litfreeze.json_file import read_json
@@ -68,6 +68,14 @@ class Checkpoint:
     def whole(self) -> "Checkpoint":
         """The checkpoint beneath, if this one holds only what trained; else itself."""
         return self if self.base is None else self.base
+
+    @property
+    def in_transformers(self) -> str:
+        """The model_type that transformers gives what this was read or converted from. It is another than the language
+        model's own where that is a part of one that also takes pictures, and gives its modules other names."""
+        if isinstance(self.tensors, HFTensors):
+            return self.tensors.model_type
+        return (self.manifest or {}).get("source_type") or self.hf_config["model_type"]
 
     @property
     def replaced(self) -> list[str]:
@@ -212,7 +220,8 @@ def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, for
         return _open_peft(path, base_dir)
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} has no config.json, so it is no checkpoint.{_nearby(path)}")
-    hf_config = read_json(path / "config.json")
+    stored_config = read_json(path / "config.json")
+    hf_config = language_config(stored_config, str(path / "config.json"))
     config = Config.from_hf(hf_config, str(path / "config.json"))
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else None
     if manifest is not None and manifest.get("holds") == TRAINED:
@@ -222,7 +231,7 @@ def open_checkpoint(path: Path | str, base_dir: Optional[Path | str] = None, for
         raise UsageError(f"{option}: {path} holds all its weights and needs no base.")
     shapes = _shapes(config)
     if manifest is None:
-        tensors = HFTensors(path, config, hf_config["model_type"], shapes)
+        tensors = HFTensors(path, config, stored_config["model_type"], shapes)
         return Checkpoint(path, path, hf_config, config, tensors, {name: tensors.dtype(name) for name in tensors})
     stored = TensorDirectory(path, [f"{STEMS[WHOLE]}.safetensors"])
     _check_shapes(stored, shapes)
@@ -362,7 +371,7 @@ def _open_peft(path: Path, base_dir: Optional[Path | str]) -> Checkpoint:
         raise UsageError(
             f"--base_dir {place} itself holds only what trained. Name the base under it, {base.base.path}."
         )
-    tensors = PEFTTensors(path, settings, base.config, base.hf_config["model_type"])
+    tensors = PEFTTensors(path, settings, base.config, base.in_transformers)
     if base.config.tie_embeddings and not tensors.tied:
         base = base.untied()
     for name in {"embed.weight", "head.weight"} & set(tensors):  # PEFT saves a head's weight with its adapter, unasked

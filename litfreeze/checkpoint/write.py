@@ -114,9 +114,8 @@ def write_peft(out_dir: Path, checkpoint: Checkpoint, base_name: Optional[str] =
     if base.aliases and "head" in checkpoint.lora.ranks and "head.weight" in replaced:
         # Beneath its adapter an untied head is loaded into PEFT's tied one: the embedding needs a copy of its own
         replaced.add("embed.weight")
-    model_type = checkpoint.hf_config["model_type"]
     settings, layout, read = as_peft(
-        checkpoint.config, model_type, checkpoint.lora, replaced, checkpoint.layout(), checkpoint.read
+        checkpoint.config, base.in_transformers, checkpoint.lora, replaced, checkpoint.layout(), checkpoint.read
     )
     source = (base.manifest or {}).get("source")
     if source is None or Path(source).suffix.lower() == ".gguf":  # which transformers would not take for its own

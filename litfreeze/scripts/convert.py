@@ -24,8 +24,12 @@ def from_hf(checkpoint_dir: Path, out_dir: Path) -> Path:
     source.tokenizer()  # an absent or broken tokenizer is told before anything is written
     layout = source.layout()
     base = {"kind": "base", "source": origin(source.path) or str(source.path.resolve())}
+    if source.in_transformers != source.hf_config["model_type"]:
+        base["source_type"] = source.in_transformers
     write_checkpoint(Path(out_dir), source.hf_config, layout, source.read, base, source.path)
     print(f"{out_dir}: {len(layout)} tensors from {checkpoint_dir}.")
+    if left := source.tensors.left_out:
+        print(f"Left out: {len(left)} tensors for pictures. What is here is the language model.")
     task = "--task classification " if source.config.labels else ""
     print(f"Next: litfreeze finetune full {task}--checkpoint_dir {out_dir} --trainable_layers -2:")
     return Path(out_dir)

@@ -25,7 +25,7 @@ def setup(
     import torch
 
     from litfreeze.checkpoint.write import stored_as, write_checkpoint
-    from litfreeze.config import Config
+    from litfreeze.config import Config, language_config
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError, did_you_mean
     from litfreeze.json_file import read_json
@@ -42,7 +42,9 @@ def setup(
             f"--preset {preset!r} is unknown.{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
         )
     tokenizer_dir = Path(tokenizer_dir or MODEL_DIR)
-    hf_config = dict(PRESETS[preset]) if preset is not None else read_json(config_file)
+    hf_config = (
+        dict(PRESETS[preset]) if preset is not None else language_config(read_json(config_file), str(config_file))
+    )
     tokenizer = Tokenizer.from_dir(tokenizer_dir)
     if preset is not None:
         hf_config |= {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id}

@@ -14,6 +14,7 @@ import torch
 
 from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.trained import Proof
+from litfreeze.config import WITH_PICTURES
 from litfreeze.confusion import table
 from litfreeze.data.shelf import learned_of, lengths_of
 from litfreeze.data.split import Samples
@@ -57,6 +58,7 @@ class Report:
         return "\n".join(
             [
                 f"Model     {self._name()} ({config.n_layer} blocks, {self.job.plan.n_parameters:,} parameters)",
+                *(["          The language model of one that also takes pictures."] if self._sees() else []),
                 *(f"          {note}" for note in self.job.notes),
                 f"Data      {self.samples.describe().replace(chr(10), chr(10) + ' ' * 10)}",
                 f"          {_what_is_read(prompt_style, config.labels)}",
@@ -76,6 +78,9 @@ class Report:
                 "",
             ]
         )
+
+    def _sees(self) -> bool:
+        return self.job.checkpoint.whole.in_transformers in WITH_PICTURES
 
     def arithmetic(self, stage: Stage, cache: str, kept: Optional[int]) -> str:
         """What an epoch of `stage` will cost, and what freezing saves of it. `cache` says what became of the frozen

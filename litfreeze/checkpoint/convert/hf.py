@@ -155,6 +155,8 @@ QWEN3_MOE = {
     "model.layers.{i}.mlp.experts.{e}.up_proj": "blocks.{i}.mlp.experts.{e}.up_proj",
     "model.layers.{i}.mlp.experts.{e}.down_proj": "blocks.{i}.mlp.experts.{e}.down_proj",
 }
+# The language model within one that also takes pictures
+GEMMA3 = {re.sub("^model", "model.language_model", hf): ours for hf, ours in POST_NORM.items()}
 NAME_MAPS: dict[str, Mapping[str, Any]] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -165,6 +167,7 @@ NAME_MAPS: dict[str, Mapping[str, Any]] = {
     "olmo2": POST_NORM,
     "phi3": PHI3,
     "gemma2": POST_NORM,
+    "gemma3": GEMMA3,
     "gemma3_text": POST_NORM,
     "gpt_neox": GPT_NEOX,
     "gpt2": GPT2,
@@ -188,7 +191,10 @@ CLASSIFIERS = {
 OTHER_SPELLINGS: dict[str, list[tuple[str, str]]] = {
     "gpt_neox": [("embed_out.", "lm_head.")],
     "gpt2": [("transformer.", "")],
+    "gemma3": [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")],
 }
+# What of a model that also takes pictures is for these
+FOR_PICTURES = {"gemma3": re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")}
 # Masks and tables that old exports carry and that follow from the config
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(bias|masked_bias)|attention\.(bias|masked_bias))$")
 
@@ -240,10 +246,12 @@ HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 class HFTensors(Mapping):
     """The tensors of a Hugging Face directory under our names and layouts, read when asked for.
 
-    Everything is checked on opening: a missing, extra or misshapen tensor raises UsageError naming it and its file."""
+    `model_type` is the whole directory's, whose parts for pictures are `left_out`. Everything is checked on opening: a
+    missing, extra or misshapen tensor raises UsageError naming it and its file."""
 
     def __init__(self, path: Path, config: Config, model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.stored = TensorDirectory(path, HF_WEIGHTS)
+        self.model_type = model_type
         self.found: dict[str, tuple[Link, int, str]] = {}  # ours -> link, part, name in the file
         used = set()
         for link in links(config, model_type, shapes):
@@ -257,7 +265,9 @@ class HFTensors(Mapping):
             if shape != expected:
                 raise UsageError(f"{file}: {name} has shape {list(shape)}; config.json asks for {list(expected)}.")
             self.found |= {own: (link, part, name) for part, own in enumerate(link.ours)}
-        self._check_extra(set(self.stored) - used, config, model_type)
+        pictures = FOR_PICTURES.get(model_type)
+        self.left_out = {name for name in self.stored if pictures is not None and pictures.match(name)}
+        self._check_extra(set(self.stored) - used - self.left_out, config, model_type)
 
     def _spelling(self, name: str, model_type: str) -> str:
         for candidate in spellings(name, model_type):
@@ -267,9 +277,10 @@ class HFTensors(Mapping):
 
     def _check_extra(self, extra: set[str], config: Config, model_type: str) -> None:
         """A tied head that is stored all the same must be the embedding; computed tables are passed over."""
+        head = next(hf for hf, ours in NAME_MAPS[model_type].items() if ours == "head")
         for name in sorted(extra):
             file = self.stored.files[name].path
-            if name in ("lm_head.weight", "embed_out.weight") and config.tie_embeddings:
+            if name in spellings(f"{head}.weight", model_type) and config.tie_embeddings:
                 embedding = self["embed.weight"]
                 if not torch.equal(self.stored[name].to(embedding.dtype), embedding):
                     raise UsageError(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litfreeze.checkpoint.convert.hf import Link, as_hf, links, spellings
+from litfreeze.checkpoint.convert.hf import FOR_PICTURES, Link, as_hf, links, spellings
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG, honoured, matching, settings_for
 from litfreeze.checkpoint.tensors import Layout, TensorDirectory, same_bits
 from litfreeze.config import Config
@@ -243,7 +243,7 @@ def as_peft(
     settings = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.labels else "CAUSAL_LM",
-        **settings_for(ranks, alphas, blocks, config.n_layer),
+        **settings_for(ranks, alphas, blocks, config.n_layer, alone=model_type not in FOR_PICTURES),
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,

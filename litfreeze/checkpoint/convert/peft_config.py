@@ -96,13 +96,18 @@ def matching(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
 
 
 def settings_for(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], blocks: Mapping[str, Optional[int]], n_layer: int
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    blocks: Mapping[str, Optional[int]],
+    n_layer: int,
+    alone: bool = True,
 ) -> dict[str, Any]:
     """The fields that give exactly the modules in `ranks` an adapter, of these ranks and alphas.
 
-    `blocks` tells of every module of the model which block it is in (None: in none)."""
+    `blocks` tells of every module of the model which block it is in (None: in none). If it is not `alone`, beside it
+    are modules of the same short names, which shall have none."""
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    targets, layers = _targets(ranks, blocks, n_layer)
+    targets, layers = _targets(ranks, blocks, n_layer) if alone else (sorted(ranks), None)
     return {
         "r": r,
         "lora_alpha": _number(alpha),
