@@ -12,6 +12,7 @@ from litfreeze.checkpoint.resume import points, read_facts
 from litfreeze.checkpoint.tensors import sha256
 from litfreeze.errors import UsageError
 from litfreeze.outputs import BEST, FINAL, MERGED_BASE, kept_steps
+from litfreeze.tokenizer import TOKENIZER_FILES
 from litfreeze.whole import hash_file
 
 
@@ -55,8 +56,12 @@ def _verify_checkpoint(path: Path) -> Verdict:
 
 
 def _check_files(checkpoint: Checkpoint) -> None:
-    """The files that the manifest lists, if there is one. Raises UsageError."""
-    for name, known in (checkpoint.manifest or {}).get("files", {}).items():
+    """The files that the manifest lists, if there is one, and that no other is read with them. Raises UsageError."""
+    on_record = (checkpoint.manifest or {}).get("files", {})
+    for name in TOKENIZER_FILES:
+        if on_record and name not in on_record and (checkpoint.path / name).exists():
+            raise UsageError(f"{checkpoint.path / name} is read with the checkpoint, but was not written with it.")
+    for name, known in on_record.items():
         file = checkpoint.path / name
         if not file.is_file():
             raise UsageError(f"{file} is missing.")
