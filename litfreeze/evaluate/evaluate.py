@@ -5,8 +5,7 @@ from typing import Any, Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.layers import Names
-
-MICRO_BATCH = 4  # as in finetune
+from litfreeze.train.args import TrainArgs
 
 
 def setup(
@@ -19,7 +18,7 @@ def setup(
     limit: Optional[int] = None,
     with_base: bool = True,
     json: Optional[Path] = None,
-    micro_batch_size: int = MICRO_BATCH,
+    micro_batch_size: int = TrainArgs.micro_batch_size,
     precision: Optional[Literal["32-true", "bf16-true"]] = None,
     accelerator: str = "auto",
 ) -> list[dict[str, Any]]:

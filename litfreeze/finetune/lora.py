@@ -7,7 +7,7 @@ from typing import Any, Literal, Optional, Union
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs, RateArgs, ThawArgs
 from litfreeze.freeze.layers import Layers, Names
-from litfreeze.train.args import EvalArgs, LogArgs, TrainArgs
+from litfreeze.train.args import SEED, EvalArgs, LogArgs, TrainArgs
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 LoggerName = Literal["auto", "csv", "tensorboard", "wandb", "mlflow"]
@@ -48,7 +48,7 @@ def setup(
     devices: Union[int, str] = "auto",
     num_nodes: int = 1,
     strategy: Literal["auto", "ddp", "fsdp", "fsdp1"] = "auto",
-    seed: int = 1337,
+    seed: int = SEED,
 ):
     """Train a LoRA adapter on the layers you name, beside the frozen weights. Given an adapter, go on training it.
 

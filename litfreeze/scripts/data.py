@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
 from litfreeze.data.args import DataArgs
+from litfreeze.train.args import SEED, TrainArgs
 
 if TYPE_CHECKING:
     from litfreeze.data.shelf import Shelf
 
-SEED = 1337  # of finetune
-MICRO_BATCH = 4  # of finetune
 FIRST: list[int] = []
 
 
@@ -78,12 +77,13 @@ def shared_share(samples: "Shelf", data: DataArgs) -> str:
     """How many tokens are spared where records of a micro-batch begin alike, in some of those that a run has first."""
     from litfreeze.data.batches import build_batch, epoch_order
 
-    order = epoch_order(len(samples), SEED, 0)[: 250 * MICRO_BATCH]
-    cut = [list(order[start : start + MICRO_BATCH]) for start in range(0, len(order), MICRO_BATCH)]
+    size = TrainArgs.micro_batch_size
+    order = epoch_order(len(samples), SEED, 0)[: 250 * size]
+    cut = [list(order[start : start + size]) for start in range(0, len(order), size)]
     rows = sum(build_batch(samples, indices).tokens.numel() for indices in cut)
     tokens = int((samples.chosen(order).lengths - 1).sum())
     if rows == tokens:
         return "No records of a micro-batch begin alike."
     off = "" if data.packing == "on" and data.share_prompts else " (--data says to compute them all the same)"
     spared = f"{100 * (1 - rows / tokens):.1f} %"
-    return f"Records that begin alike spare {spared} of the tokens in micro-batches of {MICRO_BATCH}{off}."
+    return f"Records that begin alike spare {spared} of the tokens in micro-batches of {size}{off}."

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from litfreeze.freeze.layers import Layers, Names
+from litfreeze.train.args import SEED, TrainArgs
 
 RECORDS = 1000
-SEED = 1337  # of finetune, so that rank:random names the same blocks here
 
 
 def setup(
@@ -25,7 +25,7 @@ def setup(
     activation_checkpointing: bool = False,
     fused_backward: bool = False,
     freeze_quantize: Optional[Literal["int8", "nf4"]] = None,
-    micro_batch_size: int = 4,
+    micro_batch_size: int = TrainArgs.micro_batch_size,
     max_seq_length: int = 512,
 ) -> None:
     """Print which parameters a choice of layers trains, the memory it needs and what it saves. Nothing is trained.

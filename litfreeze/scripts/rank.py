@@ -6,8 +6,7 @@ from typing import Literal, Optional
 from litfreeze.choose.words import NEED_DATA, RECORDS, Method
 from litfreeze.data.args import DataArgs
 from litfreeze.picture import save_picture
-
-MICRO_BATCH = 4  # as in finetune
+from litfreeze.train.args import SEED, TrainArgs
 
 
 def setup(
@@ -19,7 +18,7 @@ def setup(
     samples: Optional[int] = None,
     micro_batch_size: Optional[int] = None,
     accelerator: str = "auto",
-    seed: int = 1337,
+    seed: int = SEED,
     out_json: Optional[Path] = None,
     png: Optional[Path] = None,
 ):
@@ -73,7 +72,9 @@ def setup(
     if method in NEED_DATA and checkpoint.lora is None and (named or checkpoint_dir is None):
         data = with_demo_data(data)
         checkpoint, _ = fitted(checkpoint, task, data, seed)
-        batches = draw_batches(checkpoint, data, samples or RECORDS, micro_batch_size or MICRO_BATCH, seed)
+        batches = draw_batches(
+            checkpoint, data, samples or RECORDS, micro_batch_size or TrainArgs.micro_batch_size, seed
+        )
     ranking = rank(checkpoint, method, seed, device, batches)
     if out_json is not None:
         given = {"checkpoint": str(checkpoint.path), "data": None if batches is None else str(data.path)}

@@ -5,7 +5,7 @@ from typing import Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs
-from litfreeze.train.args import EvalArgs, TrainArgs
+from litfreeze.train.args import SEED, EvalArgs, TrainArgs
 
 CANDIDATES = ["-2:", "20%-80%", "every:4", "lora:all"]
 
@@ -22,7 +22,7 @@ def setup(
     precision: Optional[Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]] = None,
     accelerator: str = "auto",
     devices: Union[int, str] = "auto",
-    seed: int = 1337,
+    seed: int = SEED,
 ) -> Path:
     """Train several choices of layers on one budget and compare what they reached, how long it took and what memory.
 

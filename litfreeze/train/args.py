@@ -6,6 +6,8 @@ from typing import Any, Literal, Optional, Union
 
 from litfreeze.errors import UsageError
 
+SEED = 1337  # of a run, and of what shows or ranks what a run would take first
+
 
 @dataclass
 class TrainArgs:

@@ -1,14 +1,17 @@
 """`litfreeze chat`: what was said is remembered and put by the template, adapters change within a conversation, and
 Ctrl-C ends an answer, not the program."""
 
+import fcntl
 import io
 import json
 import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -153,12 +156,17 @@ def test_a_pipe_to_the_real_command():
     assert ran.stderr.endswith(b"error: What is typed or piped in must be UTF-8.\n") and b"Traceback" not in ran.stderr
 
 
+def at_a_terminal():
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which is ignored in what a script runs in the background
+
+
 def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_conversation():
     ours, theirs = pty.openpty()
     words = ["--temperature", "50", "--max_new_tokens", "450"]  # which does not come to an end by itself
     chat = subprocess.Popen(
         [sys.executable, "-m", "litfreeze", "chat", *words], stdin=theirs, stdout=theirs, stderr=theirs,
-        start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, 0x540E, 0),  # its terminal
+        start_new_session=True, preexec_fn=at_a_terminal,
     )  # fmt: skip
     os.close(theirs)
     screen = ""
