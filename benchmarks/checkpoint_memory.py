@@ -84,7 +84,7 @@ def adapter(base_dir: Path, out: Path, dora: bool) -> None:
     """A rank-16 adapter that does something, on every linear layer of the blocks."""
     import torch
 
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.checkpoint.write import write_over_base
     from litfreeze.freeze.words import adapter_targets
     from litfreeze.lora import LoRA, fresh_tensors, linear_layers

@@ -98,7 +98,7 @@ def prepare(folder: Path, size: Size, tiny: bool, accelerator: str) -> dict[str,
     import torch
     from floor import Choice, batch_rows, step_flops
 
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.data.args import DataArgs
     from litfreeze.data.prompt import Prompt
     from litfreeze.data.samples import load_samples
@@ -171,6 +171,7 @@ def run_litfreeze(row: Row, folder: Path, size: Size, accelerator: str) -> Told:
     from litfreeze.finetune.full import setup as full
     from litfreeze.finetune.lora import setup as lora
     from litfreeze.freeze.args import FrozenArgs
+    from litfreeze.place import PlaceArgs
     from litfreeze.train.args import EvalArgs, TrainArgs
 
     blocks = WORKS[row.work]
@@ -187,11 +188,8 @@ def run_litfreeze(row: Row, folder: Path, size: Size, accelerator: str) -> Told:
             ),
             eval=EvalArgs(max_new_tokens=1),
             frozen=FrozenArgs(cache="disk" if row.cache else "off", cache_dir=Path(place) / "cache"),
-            precision=row.precision,
-            accelerator=accelerator,
-            devices=1,
+            place=PlaceArgs(row.precision, row.compiled, accelerator, 1),
             seed=SEED,
-            compile=row.compiled,
             **method,
         )  # fmt: skip
         with (Path(place) / "run" / "metrics.csv").open(newline="", encoding="utf-8") as lines:

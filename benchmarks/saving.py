@@ -12,6 +12,7 @@ from pathlib import Path
 
 from litfreeze.data.args import DataArgs
 from litfreeze.finetune.full import setup as finetune_full
+from litfreeze.place import PlaceArgs
 from litfreeze.train.args import EvalArgs, TrainArgs
 from litfreeze.train.monitor import Monitor
 
@@ -42,7 +43,7 @@ def ends_of_steps(plan: str, background: bool, args: argparse.Namespace) -> list
                     save_in_background=background, watch_interval=0,
                 ),
                 eval=EvalArgs(save_best=False, max_new_tokens=1),
-                precision="32-true",
+                place=PlaceArgs("32-true"),
                 trainable_layers=layers,
             )  # fmt: skip
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 from litfreeze.data.args import DataArgs
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
+from litfreeze.place import PlaceArgs
 from litfreeze.train.args import EvalArgs, TrainArgs
 from litfreeze.train.loop import Loop
 from litfreeze.train.watch import Watch
@@ -60,7 +61,7 @@ def main() -> None:
                 data=DataArgs(path=args.data, val_split_fraction=0.1),
                 train=TrainArgs(max_steps=args.steps, global_batch_size=16, micro_batch_size=8),
                 eval=EvalArgs(max_samples=1, save_best=False, max_new_tokens=1, initial_validation=False),
-                precision="32-true",
+                place=PlaceArgs("32-true"),
                 **words,
             )
         step, each = statistics.median(steps), sum(looks) / len(steps)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.expand import expand
 from litfreeze.cli import parse
 from litfreeze.config import Config

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from lightning_fabric import Fabric
@@ -18,24 +18,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from litfreeze.errors import Interrupted, LitfreezeError, RunError, UsageError, did_you_mean
+from litfreeze.place import PlaceArgs
 from litfreeze.precision import PRECISIONS, Precision, default_precision
 
 STRATEGIES = ("auto", "ddp", "fsdp", "fsdp1")
 GRACE = 30  # seconds in which the others notice by themselves that one of them is lost, and say how to go on
 
 
-def build_fabric(
-    accelerator: str, devices: Union[int, str], num_nodes: int, precision: Optional[str], strategy: str = "auto"
-) -> tuple[Fabric, Precision]:
+def build_fabric(place: PlaceArgs) -> tuple[Fabric, Precision]:
     """A Fabric for this machine and the precision it runs in: 32-true on a CPU, bf16-mixed on a GPU that has it.
 
     Of several processes each holds the whole model (ddp, which is what auto comes to) or, of what trains, a part
     (fsdp; fsdp1, torch's first form of it). Raises UsageError for a device that is not there or a precision that the
     device does not have."""
+    accelerator, devices, num_nodes, strategy = place.accelerator, place.devices, place.num_nodes, place.strategy
     if strategy not in STRATEGIES:
         hint = did_you_mean(strategy, STRATEGIES)
         raise UsageError(f"--strategy {strategy!r} is unknown.{hint} Choose from {', '.join(STRATEGIES)}.")
-    name = precision or default_precision(accelerator)
+    name = place.precision or default_precision(accelerator)
     if name not in PRECISIONS:
         raise UsageError(f"--precision {name!r} is unknown. Choose from {', '.join(PRECISIONS)}.")
     if TorchElasticEnvironment.detect() and not _started_by_fabric():  # torchrun has said how many
@@ -60,6 +60,12 @@ def build_fabric(
     if fabric.device.type == "cuda" and name.startswith("bf16") and not torch.cuda.is_bf16_supported():
         raise UsageError(f"--precision {name}: this GPU has no bfloat16. Choose 16-mixed or 32-true.")
     return fabric, PRECISIONS[name]
+
+
+def one_device(accelerator: str, precision: Optional[str] = None) -> tuple[Fabric, Precision]:
+    """Where nothing trains: one device, and 32-true or bf16-true unless `precision` says. Raises as `build_fabric`."""
+    name = precision or default_precision(accelerator).replace("mixed", "true")
+    return build_fabric(PlaceArgs(precision=name, accelerator=accelerator, devices=1))
 
 
 class Sharded(ModelParallelStrategy):

@@ -17,6 +17,7 @@ Shapes: C n_embd, H n_head, G n_query_groups, D head_size, V n_outputs.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Optional
 
 import torch
@@ -130,6 +131,11 @@ def blank_embedding(rows: int, width: int) -> nn.Embedding:
 
 def meta_parameters(config: Config) -> dict[str, Tensor]:
     """Every parameter of `GPT(config)`, by name and without storage. A tied head counts as the embedding."""
+    return dict(_meta_parameters(config))
+
+
+@lru_cache(maxsize=8)  # a run asks a dozen times
+def _meta_parameters(config: Config) -> dict[str, Tensor]:
     with torch.device("meta"):
         return dict(GPT(config).named_parameters())
 

@@ -1,7 +1,6 @@
 """What weights are kept in and computed in."""
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
@@ -38,11 +37,6 @@ PRECISIONS = {
         Precision("16-mixed", torch.float32, torch.float16, torch.float16, torch.float32),
     )
 }
-
-
-def inference_precision(accelerator: str, asked: Optional[str] = None) -> str:
-    """What a model answers in where nothing trains: as `asked`, else 32-true or bf16-true."""
-    return asked or default_precision(accelerator).replace("mixed", "true")
 
 
 def default_precision(accelerator: str) -> str:

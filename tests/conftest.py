@@ -45,6 +45,14 @@ def no_network(monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch) -> None:
+    """A run's pictures are composed, and painted where a test is about them (`painted`): that takes a third of a
+    second each, and most runs here are shorter."""
+    if request.node.get_closest_marker("painted") is None:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: Path(file).write_bytes(b""))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory) -> Path:
     """A folder with a small tokenizer and most of the files that come beside one, none as json.dumps writes it."""

@@ -132,7 +132,7 @@ def test_numbers_lists_and_mappings(tmp_path):
     assert full("--train.max_time", "90")["train"].max_time == 90
     assert full("--train.max_time", "1h30m")["train"].max_time == "1h30m"
     assert full("--train.max_norm", "null")["train"].max_norm is None
-    assert full("--devices", "0,2")["devices"] == "0,2"
+    assert full("--devices", "0,2")["place"].devices == "0,2"
     assert full("--trainable_layers", "[10, 1:30]")["trainable_layers"] == [10, "1:30"]
     for lr in ("1e-4", "1E-4", ".0001", "0.0001"):
         assert full("--train.lr", lr)["train"] == full(config(tmp_path, f"train: {{lr: {lr}}}"))["train"]

@@ -186,7 +186,7 @@ REFUSED = [
     ({"model_type": "lama"}, "Did you mean 'llama'?"),
     (
         {"model_type": "mamba"},
-        "Supported: llama, mistral, qwen2, qwen3, qwen3_moe, mixtral, olmo2, phi3, gemma2, gemma3_text, gpt_neox, gpt2",
+        "Supported: gemma2, gemma3, gemma3_text, gpt2, gpt_neox, llama, mistral, mixtral, olmo2, phi3, qwen2,",
     ),
     ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification is neither a causal"),
     ({"hidden_act": "gelu_10"}, "hidden_act 'gelu_10' is not supported. Supported: silu,"),

@@ -57,6 +57,7 @@ def test_colours_are_for_a_terminal(show, monkeypatch):
     assert "\033" not in out and "⟦word" in out
 
 
+@pytest.mark.painted
 def test_long_records_are_counted_and_shown_short_or_whole(show, tmp_path):
     records = pairs(*[5] * 17, 60, 700, 900)
     code, out, _ = show(records, "--n", 20, "--data.max_seq_length", 500, "--png", "lengths.png")

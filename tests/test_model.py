@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from litfreeze.attention import Dense, KVCache
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.config import Config
 from litfreeze.fields import RoPE
 from litfreeze.generate.sample import generate_tokens

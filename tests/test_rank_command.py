@@ -9,7 +9,7 @@ import yaml
 from stops import ctrl_c_in_step
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.directory import open_checkpoint
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.choose.words import METHODS
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE
 from litfreeze.freeze.plan import block_of
@@ -26,6 +26,7 @@ def ranked(capsys, *words: str) -> list[int]:
     return [int(block) for _, block in rows]
 
 
+@pytest.mark.painted
 @pytest.mark.parametrize("method", METHODS)
 def test_table_json_and_picture_say_the_same(capsys, tmp_path, method):
     files = ["--out_json", str(tmp_path / "r.json"), "--png", str(tmp_path / "r.png")]

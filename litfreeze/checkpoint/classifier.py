@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from litfreeze.checkpoint.checkpoint import Checkpoint, InMemory
 from litfreeze.checkpoint.convert.hf import CLASSIFIERS
-from litfreeze.checkpoint.directory import Checkpoint, InMemory
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
 

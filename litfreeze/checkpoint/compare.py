@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from litfreeze.aligned import aligned
-from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.merge import fold
 from litfreeze.checkpoint.tensors import pieces
 from litfreeze.config import Config

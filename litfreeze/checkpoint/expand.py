@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.write import write_checkpoint
 from litfreeze.config import Config
 from litfreeze.errors import UsageError

@@ -12,7 +12,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from litfreeze.checkpoint.directory import Checkpoint, identity
+from litfreeze.checkpoint.checkpoint import Checkpoint
+from litfreeze.checkpoint.open import identity
 from litfreeze.checkpoint.write import stored_as, write_checkpoint
 from litfreeze.errors import UsageError
 from litfreeze.lora import MAGNITUDE, A, B, folded, model_parameters

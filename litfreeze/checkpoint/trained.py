@@ -10,7 +10,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from litfreeze.checkpoint.directory import Checkpoint, identity
+from litfreeze.checkpoint.checkpoint import Checkpoint
+from litfreeze.checkpoint.open import identity
 from litfreeze.checkpoint.tensors import same_bits
 from litfreeze.checkpoint.write import stored_as, write_checkpoint, write_over_base
 from litfreeze.freeze.plan import FreezePlan

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint, weights_hash
+from litfreeze.checkpoint.checkpoint import Checkpoint, weights_hash
 from litfreeze.checkpoint.manifest import MANIFEST
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.resume import points, read_facts
 from litfreeze.checkpoint.tensors import sha256
 from litfreeze.errors import UsageError

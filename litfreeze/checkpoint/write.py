@@ -10,12 +10,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from litfreeze.checkpoint.checkpoint import Checkpoint, weights_hash
 from litfreeze.checkpoint.convert.hf import as_hf
 from litfreeze.checkpoint.convert.peft import as_peft
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
-from litfreeze.checkpoint.directory import Checkpoint, identity, weights_hash
 from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.manifest import FORMAT, MANIFEST, STEMS, TRAINED, WHOLE
+from litfreeze.checkpoint.open import identity
 from litfreeze.checkpoint.tensors import Layout, write_tensors
 from litfreeze.errors import UsageError
 from litfreeze.hub import is_hub_name

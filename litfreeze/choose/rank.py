@@ -22,7 +22,8 @@ from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from litfreeze.checkpoint.directory import Checkpoint, load_model
+from litfreeze.checkpoint.checkpoint import Checkpoint
+from litfreeze.checkpoint.load import load_model
 from litfreeze.choose.words import METHODS, NEED_DATA, check_method
 from litfreeze.data.batches import Batch
 from litfreeze.errors import RunError, UsageError

@@ -1,6 +1,6 @@
 """The records of a person's data that a ranking looks at."""
 
-from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.data.args import DataArgs
 from litfreeze.data.batches import Batch, build_batch, epoch_order
 from litfreeze.data.prompt import Prompt

@@ -188,7 +188,7 @@ def train_tokenizer(texts: Iterable[str], directory: Path) -> None:
 
 def publish(checkpoint_dir: Path) -> None:
     """Puts the pretrained checkpoint into the package as a base: what it was trained from stays outside."""
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.checkpoint.write import write_checkpoint
 
     source = open_checkpoint(checkpoint_dir)

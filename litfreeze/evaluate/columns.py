@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
-from litfreeze.checkpoint.directory import Checkpoint, began_from, open_checkpoint, paths_of
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.hub import origin
+from litfreeze.checkpoint.open import began_from, open_checkpoint, paths_of
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import LitfreezeError, UsageError
 

@@ -45,14 +45,13 @@ def setup(
     """
     from dataclasses import replace
 
-    from litfreeze.checkpoint.directory import load_model
+    from litfreeze.checkpoint.load import load_model
     from litfreeze.demo import VAL_FILE
     from litfreeze.errors import UsageError
     from litfreeze.evaluate.columns import columns_of
     from litfreeze.evaluate.records import read_all, score
     from litfreeze.evaluate.table import describe, write_figures
-    from litfreeze.launch import build_fabric
-    from litfreeze.precision import inference_precision
+    from litfreeze.launch import one_device
     from litfreeze.whole import check_new_file
 
     data = data if isinstance(data, DataArgs) else DataArgs(path=Path(data))
@@ -81,7 +80,7 @@ def setup(
             raise UsageError(f"--tasks: {columns[0].name} is a classifier and writes nothing.")
         loaded = load_tasks(names, include_path, num_fewshot)
         check_tasks(loaded, min(column.checkpoint.config.block_size for column in columns))
-    fabric, kept = build_fabric(accelerator, 1, 1, inference_precision(accelerator, precision))
+    fabric, kept = one_device(accelerator, precision)
     figures = []
     for i, column in enumerate(columns):
         model = load_model(column.checkpoint, lambda _: kept.frozen).to(fabric.device)

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 from typing import Any
 
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.classifier import HEAD
-from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.merge import fold
 from litfreeze.errors import UsageError
 from litfreeze.freeze.layers import format_layers, parse_layers

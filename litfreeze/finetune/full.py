@@ -7,9 +7,9 @@ from typing import Any, Literal, Optional, Union
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs, RateArgs, ThawArgs
 from litfreeze.freeze.layers import Layers, Names
+from litfreeze.place import PlaceArgs
 from litfreeze.train.args import SEED, EvalArgs, LogArgs, TrainArgs
 
-Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 LoggerName = Literal["auto", "csv", "tensorboard", "wandb", "mlflow"]
 
 
@@ -36,14 +36,9 @@ def setup(
     thaw: ThawArgs = ThawArgs(),
     rates: RateArgs = RateArgs(),
     frozen: FrozenArgs = FrozenArgs(),
-    precision: Optional[Precision] = None,
-    compile: bool = False,
+    place: PlaceArgs = PlaceArgs(),
     save: Literal["full", "delta", "both"] = "full",
     save_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None,
-    accelerator: str = "auto",
-    devices: Union[int, str] = "auto",
-    num_nodes: int = 1,
-    strategy: Literal["auto", "ddp", "fsdp", "fsdp1"] = "auto",
     seed: int = SEED,
 ):
     """Fine-tune a model's own weights: the layers you name, or all of them.
@@ -75,17 +70,10 @@ def setup(
         thaw: When blocks train.
         rates: How fast each layer learns.
         frozen: How what is frozen is made cheap.
-        precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
-        compile: Let torch's compiler make code of the blocks for the steps, which takes it up to a minute or two before
-            the first one. The same but for rounding. For GPUs (needs Triton); on a CPU (needs g++) it gains nothing.
+        place: On which devices, and how.
         save: The final checkpoint as a whole, as a delta (only what trained, over its base), or as both. What is saved
             on the way is always a delta.
         save_dtype: Save in this dtype in place of the base's; float32 keeps the trained masters unrounded.
-        accelerator: cpu, cuda, mps or auto.
-        devices: How many, or which ones (0,2).
-        num_nodes: Machines in the run.
-        strategy: Of several processes each holds all that trains (ddp, which auto comes to), or its part (fsdp; fsdp1
-            is torch's first form of it).
         seed: Fixes the order of the records and every other draw.
     """
     given = dict(locals())

@@ -7,9 +7,9 @@ from typing import Any, Literal, Optional, Union
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs, RateArgs, ThawArgs
 from litfreeze.freeze.layers import Layers, Names
+from litfreeze.place import PlaceArgs
 from litfreeze.train.args import SEED, EvalArgs, LogArgs, TrainArgs
 
-Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 LoggerName = Literal["auto", "csv", "tensorboard", "wandb", "mlflow"]
 
 
@@ -42,12 +42,7 @@ def setup(
     thaw: ThawArgs = ThawArgs(),
     rates: RateArgs = RateArgs(),
     frozen: FrozenArgs = FrozenArgs(),
-    precision: Optional[Precision] = None,
-    compile: bool = False,
-    accelerator: str = "auto",
-    devices: Union[int, str] = "auto",
-    num_nodes: int = 1,
-    strategy: Literal["auto", "ddp", "fsdp", "fsdp1"] = "auto",
+    place: PlaceArgs = PlaceArgs(),
     seed: int = SEED,
 ):
     """Train a LoRA adapter on the layers you name, beside the frozen weights. Given an adapter, go on training it.
@@ -88,14 +83,7 @@ def setup(
         thaw: When blocks train.
         rates: How fast each layer learns.
         frozen: How what is frozen is made cheap.
-        precision: By default 32-true on a CPU and bf16-mixed on a GPU that has it.
-        compile: Let torch's compiler make code of the blocks for the steps, which takes it up to a minute or two before
-            the first one. The same but for rounding. For GPUs (needs Triton); on a CPU (needs g++) it gains nothing.
-        accelerator: cpu, cuda, mps or auto.
-        devices: How many, or which ones (0,2).
-        num_nodes: Machines in the run.
-        strategy: Of several processes each holds all that trains (ddp, which auto comes to), or its part (fsdp; fsdp1
-            is torch's first form of it).
+        place: On which devices, and how.
         seed: Fixes the new adapter, the order of the records and every other draw.
     """
     given = dict(locals())

@@ -10,8 +10,9 @@ from typing import Any, Optional, Union
 
 from lightning_fabric import Fabric
 
-from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.hub import pinned, seen_from
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.resume import newest_point, points
 from litfreeze.choose.rank import Ranking, rank
 from litfreeze.choose.sample import draw_batches
@@ -32,7 +33,6 @@ from litfreeze.train.args import TrainArgs
 from litfreeze.train.job import Job
 
 _ELSEWISE = "--{} {} stands beside --resume, but the run was made with {}. Leave it out, or start a new run."
-DEVICES = ("accelerator", "devices", "num_nodes", "strategy")  # what a resumed run may be told anew
 
 
 def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any]) -> SimpleNamespace:
@@ -73,7 +73,7 @@ def settled(script: Callable[..., Any], method: str, options: Mapping[str, Any])
             setattr(own["data"], leaf, Path(value))
         elif group == "log" or leaf in getattr(own[group], "exact", ()):
             own[group] = replace(own[group], **{leaf: value})
-        elif name in (*DEVICES, "base_dir", "logger_name"):
+        elif name in ("base_dir", "logger_name"):
             own[name] = value
         elif name == "trainable_layers" and str(value) == facts.get("ranked"):
             pass  # they were ranked when the run began, and stay
@@ -104,11 +104,6 @@ def open_base(
     return checkpoint.untied() if untie_embeddings else checkpoint
 
 
-def places_of(options: SimpleNamespace) -> tuple[Any, ...]:
-    """What says on which devices, and how, a run is made: the arguments of `build_fabric`."""
-    return options.accelerator, options.devices, options.num_nodes, options.precision, options.strategy
-
-
 def but(options: SimpleNamespace, **changed: Any) -> SimpleNamespace:
     """`options` with some of them `changed`."""
     return SimpleNamespace(**{**vars(options), **changed})
@@ -137,7 +132,7 @@ def ranking(options: SimpleNamespace, checkpoint: Checkpoint, method: str) -> Ra
     if method in NEED_DATA:
         data = with_demo_data(options.data)
         batches = draw_batches(checkpoint, data, RECORDS, options.train.micro_batch_size, seed)
-    return rank(checkpoint, method, seed, build_fabric(*places_of(options))[0].device, batches)
+    return rank(checkpoint, method, seed, build_fabric(options.place)[0].device, batches)
 
 
 def job_of(
@@ -152,7 +147,8 @@ def job_of(
     """A `Job` of the options that every script has and of `more`, and the devices they ask for to run it on."""
     options = but(options, data=with_pins(options.data))
     data, train = with_demo_defaults(options.checkpoint_dir, options.data, options.train, lr, epochs=3)
-    fabric, precision = build_fabric(*places_of(options))
+    fabric, precision = build_fabric(options.place)
+    chosen = {**vars(options), "train": train, "place": replace(options.place, precision=precision.name)}
     job = Job(
         method=method,
         checkpoint=checkpoint,
@@ -163,12 +159,12 @@ def job_of(
         eval=options.eval,
         out_dir=options.out_dir and Path(options.out_dir),
         seed=options.seed,
-        recipe=recipe_yaml(script, {**vars(options), "train": train, "precision": precision.name}),
+        recipe=recipe_yaml(script, chosen),
         frozen=options.frozen,
-        compile=options.compile,
+        compile=options.place.compile,
         logger_name=options.logger_name,
         log=options.log,
-        settings=told_to_logger(script, {**vars(options), "train": train, "precision": precision.name}),
+        settings=told_to_logger(script, chosen),
         thawing=thawing_from_words(plan.config, options.thaw, options.seed),
         resume=bool(options.resume),
         anew=options.anew,

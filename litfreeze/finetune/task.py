@@ -3,8 +3,8 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.classifier import as_classifier
-from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.data.args import DataArgs
 from litfreeze.data.classes import labels_of
 from litfreeze.errors import UsageError

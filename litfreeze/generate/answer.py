@@ -10,11 +10,11 @@ from numbers import Integral
 from pathlib import Path
 from typing import Optional, Union
 
-from lightning_fabric import Fabric
-
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
-from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
 from litfreeze.checkpoint.hub import origin
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.data.formats import Message, to_messages
 from litfreeze.data.prompt import Prompt
 from litfreeze.errors import UsageError
@@ -22,10 +22,9 @@ from litfreeze.generate.sample import Sampling, generate_tokens
 from litfreeze.generate.text import until
 from litfreeze.hub import is_hub_name
 from litfreeze.json_file import read_json
-from litfreeze.launch import build_fabric
+from litfreeze.launch import one_device
 from litfreeze.model import GPT
 from litfreeze.outputs import FINAL
-from litfreeze.precision import Precision, inference_precision
 
 BASE = "base"  # the name of the model that the others stand over
 
@@ -174,17 +173,12 @@ def load_models(answerers: Collection[Answerer], accelerator: str, precision: Op
 
     `precision` is 32-true or bf16-true, by default what the device is good at. Raises UsageError if the device is not
     there or cannot do it."""
-    fabric, kept = check_device(accelerator, precision)
+    fabric, kept = one_device(accelerator, precision)
     base = None
     for answerer in sorted(answerers, key=lambda each: each.checkpoint.base is not None):  # the base before the others
         model = load_model(answerer.checkpoint, lambda _: kept.frozen, over=base)
         answerer.model = model.to(fabric.device)
         base = answerer.model if answerer.checkpoint.base is None else base
-
-
-def check_device(accelerator: str, precision: Optional[str]) -> tuple[Fabric, Precision]:
-    """Where, and in what, `load_models` has them. Raises UsageError as it does."""
-    return build_fabric(accelerator, 1, 1, inference_precision(accelerator, precision))
 
 
 def check_options(max_new_tokens: int, stop: Union[str, Sequence[str], None]) -> list[str]:

@@ -44,7 +44,7 @@ def setup(
         accelerator: cpu, cuda, mps or auto.
         seed: Fixes the draws.
     """
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.demo import MODEL_DIR
     from litfreeze.generate.answer import Answer, Answerer, check_options, load_models
     from litfreeze.generate.sample import Sampling

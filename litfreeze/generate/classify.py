@@ -33,14 +33,14 @@ def setup(
         precision: By default 32-true on a CPU and bf16-true on a GPU that has it.
         accelerator: cpu, cuda, mps or auto.
     """
-    from litfreeze.checkpoint.directory import load_model, open_checkpoint
+    from litfreeze.checkpoint.load import load_model
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.data.classes import read_labelled, tokenise
     from litfreeze.data.counts import Counts
     from litfreeze.data.samples import max_length
     from litfreeze.errors import UsageError
     from litfreeze.generate.classes import likeliest, probabilities
-    from litfreeze.launch import build_fabric
-    from litfreeze.precision import inference_precision
+    from litfreeze.launch import one_device
     from litfreeze.whole import check_new_file
 
     data = data if isinstance(data, TextArgs) else TextArgs(path=Path(data))
@@ -86,7 +86,7 @@ def setup(
             raise UsageError(f"The text {text_given[:40]!r} has no tokens.")
         checkpoint.check_tokens(ids)
 
-    fabric, kept = build_fabric(accelerator, 1, 1, inference_precision(accelerator, precision))
+    fabric, kept = one_device(accelerator, precision)
     model = load_model(checkpoint, lambda _: kept.frozen).to(fabric.device)
     shares = probabilities(model, [ids for ids, _ in tokens])  # (N, K)
     answers = [labels[i] for i in shares.argmax(1).tolist()]

@@ -11,7 +11,8 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.data.formats import Message, to_messages
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError

@@ -6,8 +6,9 @@ from typing import Any, Optional
 
 import yaml
 
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.compare import compare
-from litfreeze.checkpoint.directory import Checkpoint, began_from
+from litfreeze.checkpoint.open import began_from
 from litfreeze.cli import arguments
 from litfreeze.errors import LitfreezeError
 from litfreeze.finetune.recipe import command

@@ -8,8 +8,8 @@ from typing import Any, Optional
 
 import yaml
 
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
-from litfreeze.checkpoint.directory import Checkpoint
 from litfreeze.checkpoint.hub import origin
 from litfreeze.checkpoint.manifest import MANIFEST, TRAINED, read_manifest
 from litfreeze.checkpoint.write import record_of

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Optional
 
-from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.hub import needed_files
 from litfreeze.checkpoint.manifest import MANIFEST
 from litfreeze.checkpoint.write import write_hf, write_peft

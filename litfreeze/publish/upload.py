@@ -36,8 +36,8 @@ def setup(
     import tempfile
     from contextlib import ExitStack
 
-    from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.checkpoint.hub import check_token, make_repository, upload
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.errors import UsageError
     from litfreeze.hub import with_token
     from litfreeze.publish.card import compared_with_base, write_card

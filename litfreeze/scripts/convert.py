@@ -11,8 +11,8 @@ def from_hf(checkpoint_dir: Path, out_dir: Path) -> Path:
         checkpoint_dir: A Hugging Face directory: config.json, weights (safetensors or .bin) and tokenizer.
         out_dir: The litfreeze directory to write.
     """
-    from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.checkpoint.hub import origin
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.checkpoint.write import write_checkpoint
     from litfreeze.errors import UsageError
 
@@ -45,7 +45,7 @@ def to_hf(
         out_dir: The Hugging Face directory to write.
         base_dir: The base of a checkpoint that holds only what trained, where it is not where it was.
     """
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.checkpoint.write import write_hf
     from litfreeze.demo import MODEL_DIR
 
@@ -64,8 +64,8 @@ def from_peft(checkpoint_dir: Path, out_dir: Path, base_dir: Optional[Path] = No
         out_dir: The litfreeze directory to write.
         base_dir: The model that it adapts, where adapter_config.json does not name a directory here.
     """
-    from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.checkpoint.hub import origin
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.checkpoint.write import write_over_base
     from litfreeze.errors import UsageError
 
@@ -96,7 +96,7 @@ def to_peft(
         base_dir: The model that it adapts, where it is not where it was.
         base_name: What PEFT is to call that model; without it, the directory it was converted from, or its own.
     """
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.checkpoint.write import write_peft
 
     source = open_checkpoint(checkpoint_dir, base_dir)
@@ -165,7 +165,7 @@ def to_gguf(
     from litfreeze.checkpoint.convert.gguf import as_gguf
     from litfreeze.checkpoint.convert.gguf_file import write_gguf
     from litfreeze.checkpoint.convert.gguf_tokenizer import STRIPPING, tokenizer_metadata
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
 

@@ -37,7 +37,7 @@ def show(
     import os
     import sys
 
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.data.prompt import Prompt
     from litfreeze.data.samples import max_length
     from litfreeze.data.show import Colours, describe_lengths, draw_lengths, numbered, record

@@ -34,7 +34,7 @@ def setup(
         png: Draw the change of every module, block by block, in this file.
     """
     from litfreeze.checkpoint.compare import compare
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.errors import RunError
     from litfreeze.whole import check_new_file, write_text
 

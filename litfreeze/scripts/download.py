@@ -17,8 +17,8 @@ def setup(repo_id: str, out_dir: Optional[Path] = None, token: Optional[str] = N
     """
     import shlex
 
-    from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.checkpoint.hub import download
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.errors import LitfreezeError
     from litfreeze.hub import with_token
 

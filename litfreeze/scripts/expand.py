@@ -28,8 +28,8 @@ def setup(
     import shlex
     from math import prod
 
-    from litfreeze.checkpoint.directory import open_checkpoint
     from litfreeze.checkpoint.expand import expand, write_expanded
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
     from litfreeze.freeze.layers import format_layers, parse_layers, spread

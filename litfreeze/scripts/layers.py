@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from litfreeze.freeze.layers import Layers, Names
+from litfreeze.place import PrecisionName
 from litfreeze.train.args import SEED, TrainArgs
 
 RECORDS = 1000
@@ -20,7 +21,7 @@ def setup(
     freeze_extra_modules: Names = None,
     freeze_trainable_layers_ids: Layers = None,
     use_llama_pro: bool = False,
-    precision: Optional[Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]] = None,
+    precision: Optional[PrecisionName] = None,
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw",
     activation_checkpointing: bool = False,
     fused_backward: bool = False,
@@ -52,7 +53,7 @@ def setup(
     """
     import torch
 
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.choose.rank import rank
     from litfreeze.choose.words import has_ranks, put_ids
     from litfreeze.demo import MODEL_DIR
@@ -63,7 +64,6 @@ def setup(
     from litfreeze.freeze.table import summary, table
     from litfreeze.freeze.words import plan_from_words
     from litfreeze.precision import PRECISIONS, default_precision
-    from litfreeze.train.args import TrainArgs
     from litfreeze.train.speed import measure_speed
 
     if micro_batch_size < 1 or max_seq_length < 1:

@@ -29,7 +29,7 @@ def merge_lora(
         dtype: Write in this dtype in place of the base's; float32 rounds nothing away.
         force_base: Accept a base with other weights than the adapter was trained on.
     """
-    from litfreeze.checkpoint.directory import TRAINED, open_checkpoint, paths_of
+    from litfreeze.checkpoint.open import TRAINED, open_checkpoint, paths_of
     from litfreeze.errors import UsageError
     from litfreeze.outputs import last_checkpoint
 
@@ -60,7 +60,7 @@ def merge_delta(
         dtype: Write in this dtype in place of the base's.
         force_base: Accept a base with other weights than it was trained on.
     """
-    from litfreeze.checkpoint.directory import TRAINED, open_checkpoint
+    from litfreeze.checkpoint.open import TRAINED, open_checkpoint
     from litfreeze.errors import UsageError
     from litfreeze.outputs import last_checkpoint
 

@@ -44,7 +44,7 @@ def setup(
     """
     import shlex
 
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.choose.rank import MEANINGS, rank
     from litfreeze.choose.sample import draw_batches
     from litfreeze.demo import MODEL_DIR
@@ -52,7 +52,7 @@ def setup(
     from litfreeze.finetune.setting import with_demo_data
     from litfreeze.finetune.task import fitted
     from litfreeze.freeze.layers import format_layers
-    from litfreeze.launch import build_fabric
+    from litfreeze.launch import one_device
     from litfreeze.whole import check_new_file, write_text
 
     check_new_file("out_json", out_json)
@@ -66,7 +66,7 @@ def setup(
             f"{unused}: {method} looks at no data. Leave it out, or choose --method {' or '.join(NEED_DATA)}."
         )
     checkpoint = open_checkpoint(checkpoint_dir or MODEL_DIR, base_dir)
-    device = build_fabric(accelerator, 1, 1, None)[0].device
+    device = one_device(accelerator)[0].device
     batches = None
     named = not isinstance(data, DataArgs) or data.path is not None
     if method in NEED_DATA and checkpoint.lora is None and (named or checkpoint_dir is None):

@@ -5,6 +5,7 @@ from typing import Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs
+from litfreeze.place import PlaceArgs, PrecisionName
 from litfreeze.train.args import SEED, EvalArgs, TrainArgs
 
 CANDIDATES = ["-2:", "20%-80%", "every:4", "lora:all"]
@@ -19,7 +20,7 @@ def setup(
     train: TrainArgs = TrainArgs(),
     eval: EvalArgs = EvalArgs(save_best=False, max_new_tokens=1),
     frozen: FrozenArgs = FrozenArgs(),
-    precision: Optional[Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]] = None,
+    precision: Optional[PrecisionName] = None,
     accelerator: str = "auto",
     devices: Union[int, str] = "auto",
     seed: int = SEED,
@@ -49,7 +50,7 @@ def setup(
     from dataclasses import replace
     from shutil import rmtree
 
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.choose.sweep import Candidate, hash_of_files, recommend, table, try_candidate, write
     from litfreeze.choose.words import check_words
     from litfreeze.data.split import files_behind
@@ -83,7 +84,7 @@ def setup(
     out_dir = claim(Path(out_dir), "sweep")
     shared = {
         "checkpoint_dir": checkpoint_dir, "task": task, "data": data, "train": train, "eval": eval,
-        "frozen": frozen, "precision": precision, "accelerator": accelerator, "devices": devices, "seed": seed,
+        "frozen": frozen, "place": PlaceArgs(precision, accelerator=accelerator, devices=devices), "seed": seed,
     }  # fmt: skip
     tried = []
     for number, candidate in enumerate(chosen, 1):

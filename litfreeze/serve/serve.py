@@ -42,7 +42,8 @@ def setup(
     """
     from litfreeze.demo import MODEL_DIR
     from litfreeze.errors import UsageError
-    from litfreeze.generate.answer import check_device, check_options, open_answerers
+    from litfreeze.generate.answer import check_options, open_answerers
+    from litfreeze.launch import one_device
 
     check_options(max_new_tokens, None)
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
@@ -62,7 +63,7 @@ def setup(
     checkpoint_dir = checkpoint_dir or MODEL_DIR
     # What is wrong is told from here; the process of the model opens everything once more
     models = list(open_answerers(checkpoint_dir, base_dir, adapters, prompt_style))
-    check_device(accelerator, precision)
+    one_device(accelerator, precision)
     served = Served(checkpoint_dir, base_dir, adapters, prompt_style, max_new_tokens, accelerator, precision)
     Server(Answers(served, models, api_key), _greeting(host, port, models, api_key)).serve(host, port)
 

@@ -1,4 +1,4 @@
-"""The options of `--train` and `--eval`. No heavy import: the command line reads this file to print its help."""
+"""The options of `--train`, `--eval` and `--log`. No heavy import: the command line reads this file for its help."""
 
 import re
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from typing import Any, Literal, Optional
 
 import torch
 
-from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.trained import Proof
 from litfreeze.data.args import DataArgs
 from litfreeze.freeze.args import FrozenArgs

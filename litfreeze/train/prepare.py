@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 from lightning_fabric import Fabric
 
-from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.expand import check_new_blocks
 from litfreeze.data.args import DataArgs
 from litfreeze.data.classes import load_classified

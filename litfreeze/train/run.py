@@ -12,8 +12,10 @@ from typing import Optional
 import torch
 from lightning_fabric import Fabric
 
-from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
+from litfreeze.checkpoint.load import load_model
 from litfreeze.checkpoint.merge import FoldedTensors, write_merged
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.resume import restore
 from litfreeze.errors import RunError, UsageError
 from litfreeze.freeze.quantize import quantize_frozen

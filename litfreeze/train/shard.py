@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 
-from litfreeze.checkpoint.directory import load_model
+from litfreeze.checkpoint.load import load_model
 from litfreeze.errors import UsageError
 from litfreeze.model import GPT
 from litfreeze.shards import RUN, is_spread, part, put, spread, whole

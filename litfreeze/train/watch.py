@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from litfreeze import shards
-from litfreeze.checkpoint.directory import Checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.errors import RunError
 from litfreeze.freeze.plan import FreezePlan, Part, part_of
 from litfreeze.lora import MAGNITUDE, A, B, folded, is_lora

@@ -6,7 +6,7 @@ from families import random_tokens, reference_model, write_json
 from test_lora_chain import QUICK, hf_logits, litfreeze, logits
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.directory import open_checkpoint
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE
 
 SHAPE = {

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE
 
 QUICK = "--train.global_batch_size 8 --eval.max_samples 16 --eval.max_new_tokens 2 --data.val_split_fraction 0.2"

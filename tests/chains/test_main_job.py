@@ -5,7 +5,8 @@ import re
 import torch
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 
 
 def litfreeze(line: str, capsys) -> str:

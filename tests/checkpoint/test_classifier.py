@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from litfreeze.checkpoint.classifier import as_classifier
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
 from litfreeze.checkpoint.merge import fold, write_merged
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.trained import write_trained
 from litfreeze.checkpoint.write import write_hf
 from litfreeze.config import Config

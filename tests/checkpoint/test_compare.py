@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from litfreeze.__main__ import main
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.compare import STRETCH, compare, measure
-from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.write import write_checkpoint, write_over_base, write_peft
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
@@ -465,6 +466,7 @@ def test_a_base_that_moved_is_named(capsys, base_dir, tmp_path):
     assert diff(capsys, trained, moved, "--a_base_dir", moved, "--expect_only", "none")[0] == 1
 
 
+@pytest.mark.painted
 def test_figures_and_picture_are_written_even_if_too_much_changed(capsys, base_dir, changed_dir, tmp_path):
     files = tmp_path / "figures.json", tmp_path / "picture.png"
     before = set(tmp_path.iterdir())
@@ -485,6 +487,7 @@ def test_figures_and_picture_are_written_even_if_too_much_changed(capsys, base_d
     assert files[1].read_bytes().startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.painted
 def test_a_picture_shows_what_changed_in_colour_and_nothing_else(tmp_path):
     norm, ones = "blocks.0.norm_1.weight", torch.ones(16)
     zeros = with_weights(BASE, {norm: 0 * ones})

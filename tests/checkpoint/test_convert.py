@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.tensors import same_bits
 from litfreeze.errors import UsageError
 from litfreeze.scripts.convert import from_hf, to_hf

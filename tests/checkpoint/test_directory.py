@@ -9,7 +9,9 @@ import torch
 from families import write_json
 from transformers import AutoModelForCausalLM
 
-from litfreeze.checkpoint.directory import load_model, open_checkpoint, weights_hash
+from litfreeze.checkpoint.checkpoint import weights_hash
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.tensors import same_bits, sha256
 from litfreeze.checkpoint.write import write_checkpoint
 from litfreeze.errors import UsageError

@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.checkpoint.expand import expand, write_expanded
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.write import write_hf
 from litfreeze.config import Config
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune
 from litfreeze.freeze.words import plan_from_words
+from litfreeze.place import PlaceArgs
 from litfreeze.scripts.expand import setup as expand_command
 
 
@@ -61,7 +63,7 @@ def test_new_blocks_are_known_by_name_wherever_the_checkpoint_goes(tmp_path, cap
     few.write_text("".join(json.dumps({"prompt": f"say {i}", "completion": f"{i}"}) + "\n" for i in range(8)))
     run = finetune(
         checkpoint_dir=tmp_path / "deep", out_dir=tmp_path / "run", trainable_layers="new", data=few, save="delta",
-        accelerator="cpu",
+        place=PlaceArgs(accelerator="cpu"),
     )  # fmt: skip
     assert not run.proof.frozen_that_changed and not run.proof.trained_that_did_not and run.proof.trained == 4 * 9
     trained = open_checkpoint(run.checkpoint_dir)

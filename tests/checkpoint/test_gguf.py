@@ -26,7 +26,8 @@ from litfreeze.__main__ import main
 from litfreeze.checkpoint.convert.gguf_family import FAMILIES as LLAMA_CPPS
 from litfreeze.checkpoint.convert.gguf_family import PlusOne
 from litfreeze.checkpoint.convert.gguf_file import GGUFFile, write_gguf
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.tensors import same_bits
 from litfreeze.config import Config
 from litfreeze.demo import MODEL_DIR

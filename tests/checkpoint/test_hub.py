@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from stops import ctrl_c_in_step
 from transformers import AutoModelForCausalLM
 
-from litfreeze.checkpoint.directory import open_checkpoint
 from litfreeze.checkpoint.hub import origin
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.generate.base import setup as generate

@@ -19,7 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from litfreeze.checkpoint.convert.gguf_file import GGUFFile, write_gguf
 from litfreeze.checkpoint.convert.gguf_tokenizer import LLAMA3, QWEN2, SPLITS
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.config import Config
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError

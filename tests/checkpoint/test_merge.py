@@ -9,8 +9,10 @@ from families import FAMILIES, random_tokens, saved_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litfreeze.checkpoint.directory import Checkpoint, load_model, open_checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
+from litfreeze.checkpoint.load import load_model
 from litfreeze.checkpoint.merge import FoldedTensors, fold
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.write import write_over_base
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError

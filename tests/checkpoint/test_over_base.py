@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.tensors import same_bits
 from litfreeze.checkpoint.trained import write_trained
 from litfreeze.demo import MODEL_DIR

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from litfreeze.checkpoint.convert.peft_config import settings_for
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.write import write_peft
 from litfreeze.errors import UsageError
 from litfreeze.lora import LoRA, is_lora, linear_layers, model_parameters

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from litfreeze.checkpoint.directory import open_checkpoint
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.verify import verify
 from litfreeze.checkpoint.write import write_checkpoint
 from litfreeze.demo import MODEL_DIR

@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 import litfreeze
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.write import write_peft
 from litfreeze.config import Config
 from litfreeze.errors import UsageError

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from litfreeze.checkpoint.directory import InMemory, open_checkpoint
+from litfreeze.checkpoint.checkpoint import InMemory
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.choose.rank import Ranking, _beaten, rank, signal_to_noise, singular_values
 from litfreeze.choose.words import METHODS, NEED_DATA
 from litfreeze.data.batches import build_batch

@@ -73,6 +73,7 @@ def test_what_cannot_be_compared_is_refused_before_the_first_run(words, told, tm
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.painted
 def test_a_sweep_runs_each_once_and_goes_on_where_it_was(tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(TRAIN_FILE.read_text(encoding="utf-8").splitlines()[:24]), encoding="utf-8")

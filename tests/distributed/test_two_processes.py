@@ -276,7 +276,9 @@ FABRIC = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, FABRIC], ids=["torchrun", "fabric run"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(TORCHRUN, id="torchrun"), pytest.param(FABRIC, id="fabric run", marks=MATRIX)]
+)
 def test_others_start_them(tmp_path, alone, launcher):
     done = run([*launcher, "finetune", *PLANS["selective"], *STEPS, "--out_dir", tmp_path / "two"])
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.directory import began_from, open_checkpoint
+from litfreeze.checkpoint.open import began_from, open_checkpoint
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE, VAL_FILE
 from litfreeze.evaluate.evaluate import setup as evaluate

@@ -16,7 +16,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import RunError
 from litfreeze.evaluate.evaluate import setup as evaluate
@@ -199,7 +200,7 @@ def test_what_is_wrong_with_tasks_is_told(tasks, tmp_path, capsys, monkeypatch):
     for name, more in (("beams", {"num_beams": 2}), ("much", {"max_gen_toks": 600, "num_beams": 1})):
         kwargs = {key: value for key, value in own["generation_kwargs"].items() if key != "max_gen_toks"} | more
         write_json(tmp_path / f"{name}.yaml", own | {"task": name, "generation_kwargs": kwargs})
-    monkeypatch.setattr("litfreeze.checkpoint.directory.load_model", None)  # all of it is told before
+    monkeypatch.setattr("litfreeze.checkpoint.load.load_model", None)  # all of it is told before
     local = ["--include_path", str(tasks)]
     for words, code, told in (
         (["--tasks", "own_choic", *local], 2, "Did you mean 'own_choice'?"),

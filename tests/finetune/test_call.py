@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import litfreeze
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.directory import open_checkpoint
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.cli import options_of
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE
 from litfreeze.finetune.call import SCRIPTS, placed

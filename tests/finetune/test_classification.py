@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from stops import ctrl_c_in_step
 
 from litfreeze.__main__ import main
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.confusion import macro_f1
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE, VAL_FILE
@@ -22,6 +23,7 @@ from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.generate.classify import setup as classify
+from litfreeze.place import PlaceArgs
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 FEW = TrainArgs(lr=5e-3, max_steps=4, global_batch_size=16, micro_batch_size=8, watch_interval=0)
@@ -81,6 +83,7 @@ def our_logits(path: Path, texts: list[str]) -> torch.Tensor:
 TEXTS = ["play some jazz", "what will the weather be like in Paris tomorrow", "rate this book five stars"]
 
 
+@pytest.mark.painted
 def test_the_head_alone(tmp_path, capsys):
     result = run(
         tmp_path / "run", train=replace(FEW, max_steps=40), trainable_layers="none", eval=EvalArgs(interval=20)
@@ -345,7 +348,7 @@ def test_python_takes_plain_paths(tmp_path, records):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_other_precisions(tmp_path, records, capsys, precision):
-    run(tmp_path / "run", data=DataArgs(path=records), trainable_layers="11", precision=precision)
+    run(tmp_path / "run", data=DataArgs(path=records), trainable_layers="11", place=PlaceArgs(precision))
     assert "After     validation loss" in capsys.readouterr().out
     assert classify(tmp_path / "run/final", text="play jazz", precision="bf16-true")
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.write import write_peft
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
@@ -16,6 +17,7 @@ from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.lora import is_lora
 from litfreeze.outputs import claim
+from litfreeze.place import PlaceArgs
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 FEW = TrainArgs(lr=1e-3, max_steps=3, global_batch_size=8, micro_batch_size=4, watch_interval=0)
@@ -273,7 +275,7 @@ def test_lora_plus_and_full_weights_have_learning_rates_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_it_trains_in_every_precision(tmp_path, precision):
-    result = run(tmp_path / "run", precision=precision, trainable_layers="11", use_dora=True, full_layers="0")
+    result = run(tmp_path / "run", place=PlaceArgs(precision), trainable_layers="11", use_dora=True, full_layers="0")
     assert not result.proof.frozen_that_changed
     # bf16 magnitudes and norms near 1 may stay where they are
     assert all("norm" in name or "magnitude" in name for name in result.proof.trained_that_did_not)

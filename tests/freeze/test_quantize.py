@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from stops import ctrl_c_in_step
 
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
@@ -23,6 +24,7 @@ from litfreeze.freeze.quantize import Quantised, _library, check_quantize, quant
 from litfreeze.freeze.words import plan_from_words
 from litfreeze.lora import LoRA, fresh_tensors, linear_layers
 from litfreeze.model import CAST, linear
+from litfreeze.place import PlaceArgs
 from litfreeze.precision import PRECISIONS
 from litfreeze.train.args import EvalArgs, TrainArgs
 
@@ -209,7 +211,7 @@ def test_a_run_writes_the_frozen_tensors_of_the_base(kind, tmp_path):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_an_adapter_trains_over_quantised_weights(precision, tmp_path):
     result = finetune_lora(
-        out_dir=tmp_path / "run", trainable_layers="6-11", lora_r=4, train=FEW, eval=QUICK, precision=precision,
+        out_dir=tmp_path / "run", trainable_layers="6-11", lora_r=4, train=FEW, eval=QUICK, place=PlaceArgs(precision),
         frozen=FrozenArgs(freeze_quantize="nf4"),
     )  # fmt: skip
     assert result.proof.quantised == {"nf4": 42} and result.proof.frozen_that_changed == []

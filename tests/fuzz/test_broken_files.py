@@ -62,8 +62,8 @@ KINDS = {
     "resume.json": Kind("interrupted", f"{STEP}/resume.json", 40, (VERIFY, AGAIN), chunk=FEW),
     "state.safetensors": Kind("interrupted", f"{STEP}/state.safetensors", 40, (VERIFY, AGAIN), break_tensors, FEW),
 }
-CHUNKS = [  # CI has time for every fourth one
-    pytest.param(name, chunk, marks=pytest.mark.matrix if chunk % 4 else ())
+CHUNKS = [  # CI has time for every eighth one
+    pytest.param(name, chunk, marks=pytest.mark.matrix if chunk % 8 else ())
     for name, kind in KINDS.items()
     for chunk in range(kind.count // kind.chunk)
 ]

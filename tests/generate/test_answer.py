@@ -6,7 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.write import write_peft
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError

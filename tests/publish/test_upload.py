@@ -13,8 +13,9 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from litfreeze.__main__ import COMMANDS
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
 from litfreeze.checkpoint.hub import origin
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.cli import parse
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora

@@ -36,6 +36,7 @@ from litfreeze.freeze.args import FrozenArgs, ThawArgs
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.lora import LoRA, add_lora, linear_layers
 from litfreeze.model import GPT
+from litfreeze.place import PlaceArgs
 from litfreeze.prefix import prefix as prefix_module
 from litfreeze.prefix.prefix import Prefix
 from litfreeze.prefix.store import ActivationStore
@@ -148,7 +149,7 @@ def norm(gradients) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_a_micro_batch_teaches_what_the_plain_one_does(family, data):
     config = Config.from_hf(data.draw(FAMILIES[family]))
@@ -247,7 +248,11 @@ class Runs:
         ours = {field.name for field in fields(FrozenArgs)}
         frozen = FrozenArgs(**{"cache_dir": self.folder / "cache", **{k: v for k, v in how.items() if k in ours}})
         batches = {key: value for key, value in how.items() if key not in ours}
-        words = {"precision": "32-true", **words, **({"save_dtype": "float32"} if script is finetune_full else {})}
+        words = {
+            "place": PlaceArgs("32-true"),
+            **words,
+            **({"save_dtype": "float32"} if script is finetune_full else {}),
+        }
         data = DataArgs(**{"path": self.chats, "val_split_fraction": 0.25, **dict(data), **batches})
         script(out_dir=self.folder / name, data=data, train=train, eval=EVAL, frozen=frozen, **words)
         return self.left(name)
@@ -336,7 +341,7 @@ def test_all_savings_together_change_nothing(run, base, plan):
 
 def test_in_bf16_mixed_they_agree_to_its_rounding(run, base):
     """bf16 has 8 bits, a relative 4e-3; sums over different rows round differently."""
-    words = {"checkpoint_dir": base("llama"), "trainable_layers": "2,3", "precision": "bf16-mixed"}
+    words = {"checkpoint_dir": base("llama"), "trainable_layers": "2,3", "place": PlaceArgs("bf16-mixed")}
     every = run("every", EVERY, **words)
     check_same(every, run("plain", PLAIN, **words), rel=4e-3)
     assert same_bits(run("again", EVERY, **words), every)
@@ -373,7 +378,7 @@ def test_a_resumed_run_is_its_twin_to_the_bit(run, base, monkeypatch, cache):
 
 OTHERS = {
     "weights": ({}, {}),
-    "precision": ({}, {"precision": "bf16-mixed"}),
+    "precision": ({}, {"place": PlaceArgs("bf16-mixed")}),
     "blocks": ({}, {"trainable_layers": "1,3"}),
     "dtype": ({"cache_dtype": "bfloat16"}, {}),
 }

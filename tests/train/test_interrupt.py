@@ -36,7 +36,7 @@ def signalled(monkeypatch, at: int, number: int = signal.SIGTERM):
     monkeypatch.setattr(Loop, "_step", step)
 
 
-@pytest.mark.parametrize("at", [1, 3, 8, *(pytest.param(at, marks=pytest.mark.matrix) for at in (2, 6))])
+@pytest.mark.parametrize("at", [3, *(pytest.param(at, marks=pytest.mark.matrix) for at in (1, 2, 6, 8))])
 def test_the_step_is_finished_and_the_run_goes_on_from_it(tmp_path, records, monkeypatch, capsys, at):  # noqa: F811
     """Whether a validation is due after it (3, 6) or not, and after the last one."""
     script, own = METHODS["lora"]
@@ -116,10 +116,8 @@ MATRIX = pytest.mark.matrix  # more of the same
     ("file", "how"),
     [
         ("state.safetensors", "flipped"),
-        ("resume.json", "cut short"),
-        ("state.safetensors", "gone"),
-        *(pytest.param("state.safetensors", how, marks=MATRIX) for how in ("cut short", "emptied")),
-        *(pytest.param("resume.json", how, marks=MATRIX) for how in ("flipped", "emptied", "gone")),
+        *(pytest.param("state.safetensors", how, marks=MATRIX) for how in ("cut short", "emptied", "gone")),
+        *(pytest.param("resume.json", how, marks=MATRIX) for how in ("cut short", "flipped", "emptied", "gone")),
     ],
 )
 def test_a_damaged_point_is_passed_over_and_told(tmp_path, records, monkeypatch, capsys, file, how):  # noqa: F811
@@ -254,7 +252,7 @@ def test_a_skipped_step_leaves_weights_and_moments(tmp_path, records, monkeypatc
         patch.setattr(Loop, "_step", lambda *_: (_ for _ in ()).throw(NotFinite("it did.", float("nan"))))
         train = replace(TRAIN, nonfinite="skip", max_steps=2)
         script(out_dir=tmp_path / "run", train=train, save_dtype="float32", **words)
-    from litfreeze.checkpoint.directory import open_checkpoint
+    from litfreeze.checkpoint.open import open_checkpoint
     from litfreeze.demo import MODEL_DIR
 
     ours, base = open_checkpoint(tmp_path / "run/final"), open_checkpoint(MODEL_DIR)

@@ -13,11 +13,13 @@ from litfreeze.data.args import DataArgs
 from litfreeze.demo import TRAIN_FILE
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.freeze.args import FrozenArgs
+from litfreeze.place import PlaceArgs
 
 
 def train(out_dir: Path, **data) -> None:
     finetune_full(
-        out_dir=out_dir, trainable_layers="11", train=replace(TRAIN, max_steps=5), eval=EVAL, accelerator="cpu",
+        out_dir=out_dir, trainable_layers="11", train=replace(TRAIN, max_steps=5), eval=EVAL,
+        place=PlaceArgs(accelerator="cpu"),
         data=DataArgs(path=TRAIN_FILE, keep_dir=out_dir.parent / "kept", **data), frozen=FrozenArgs(cache="disk"),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import TRAIN_FILE
 from litfreeze.finetune.full import setup as finetune_full
+from litfreeze.place import PlaceArgs
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 RECORDS, EPOCHS, BATCH, LR, SEED = 32, 3, 4, 1e-4, 7
@@ -30,7 +31,7 @@ def test_three_epochs_of_two_blocks(smollm2, tmp_path):
             lr_warmup_steps=0, beta2=0.999, max_norm=None,
         ),
         eval=EvalArgs(max_new_tokens=1),
-        precision="32-true",
+        place=PlaceArgs("32-true"),
         seed=SEED,
     )  # fmt: skip
     with (tmp_path / "run/metrics.csv").open() as rows:

@@ -9,13 +9,14 @@ from peft import PeftModel
 from plain_loop import plain_loop
 from transformers import AutoModelForCausalLM
 
-from litfreeze.checkpoint.directory import open_checkpoint
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.checkpoint.write import write_peft
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import TRAIN_FILE
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.words import adapter_targets
 from litfreeze.lora import LoRA, fresh_tensors, linear_layers
+from litfreeze.place import PlaceArgs
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 RECORDS, EPOCHS, BATCH, LR, SEED = 32, 3, 4, 1e-3, 7
@@ -40,7 +41,7 @@ def test_the_losses_are_those_of_peft(smollm2, tmp_path, kind):
             lr_warmup_steps=0, beta2=0.999, max_norm=None,
         ),
         eval=EvalArgs(max_new_tokens=1),
-        precision="32-true",
+        place=PlaceArgs("32-true"),
         seed=SEED,
         **words,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import FrozenArgs
+from litfreeze.place import PlaceArgs
 from litfreeze.train.args import EvalArgs, TrainArgs
 
 # 40 records in batches of 16: three steps to an epoch, so that the interruption falls inside one
@@ -57,7 +58,7 @@ def log(run_dir: Path) -> list[dict]:
 @pytest.mark.parametrize(("method", "precision"), [("lora", "32-true"), ("full", "32-true"), ("full", "16-mixed")])
 def test_a_resumed_run_ends_as_its_uninterrupted_twin(tmp_path, records, monkeypatch, capsys, method, precision):
     script, own = METHODS[method]
-    own = {**own, "precision": precision, "accelerator": "cpu"}
+    own = {**own, "place": PlaceArgs(precision, accelerator="cpu")}
     whole = script(out_dir=tmp_path / "whole", train=TRAIN, eval=EVAL, data=DataArgs(path=records), **own)
     assert not (tmp_path / "whole/resume").exists()  # a finished run needs none
     cut = tmp_path / "cut"

@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.cli import read_yaml
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR, TRAIN_FILE, VAL_FILE
@@ -21,6 +22,7 @@ from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.recipe import recipe_yaml
 from litfreeze.freeze.args import FrozenArgs
 from litfreeze.freeze.words import plan_from_words
+from litfreeze.place import PlaceArgs
 from litfreeze.precision import PRECISIONS
 from litfreeze.train.args import EvalArgs, TrainArgs
 
@@ -39,7 +41,7 @@ def saved(result):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_exactly_the_chosen_tensors_change_on_disk(tmp_path, precision):
-    result = run(tmp_path / "run", trainable_layers="1,-1", trainable_modules="mlp,norm", precision=precision)
+    result = run(tmp_path / "run", trainable_layers="1,-1", trainable_modules="mlp,norm", place=PlaceArgs(precision))
     plan = plan_from_words(open_checkpoint(MODEL_DIR).config, "1,11", "mlp,norm")
     after = saved(result)
     assert set(after) == set(BASE)
@@ -70,6 +72,7 @@ def test_frozen_weights_exist_once_and_masters_only_for_what_trains():
         assert model.head.weight is model.embed.weight
 
 
+@pytest.mark.painted
 def test_the_report_and_the_manifest_say_what_happened(tmp_path):
     result = run(tmp_path / "run", trainable_layers="10,11")
     manifest = json.loads((result.checkpoint_dir / "litfreeze.json").read_text())
@@ -205,8 +208,10 @@ def test_a_fused_projection_trains_as_its_parts_do(tmp_path, tokenizer_dir):
 
 
 def test_loss_scaling_learns_what_goes_without(tmp_path):
-    words = {"trainable_layers": "11", "accelerator": "cpu"}
-    scaled, plain = (run(tmp_path / p, precision=p, **words).outcome for p in ("16-mixed", "32-true"))
+    words = {"trainable_layers": "11"}
+    scaled, plain = (
+        run(tmp_path / p, place=PlaceArgs(p, accelerator="cpu"), **words).outcome for p in ("16-mixed", "32-true")
+    )
     learned = plain.before.loss - plain.after.loss
     assert learned > 0.3 and scaled.before.loss - scaled.after.loss == pytest.approx(learned, rel=0.02)
 
@@ -215,7 +220,7 @@ def test_a_step_that_overflows_is_left_out(tmp_path, monkeypatch):
     """16-mixed: of a scale that is too large the first step is, and the next ones learn what they would have."""
     begun = partialmethod(torch.amp.GradScaler.__init__, init_scale=2.0**20)
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", begun)
-    run(tmp_path / "run", replace(FEW, lr=1e-3), trainable_layers="11", precision="16-mixed", accelerator="cpu")
+    run(tmp_path / "run", replace(FEW, lr=1e-3), trainable_layers="11", place=PlaceArgs("16-mixed", accelerator="cpu"))
     with (tmp_path / "run/metrics.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     norms = [float(row["grad_norm"]) for row in rows if row["grad_norm"]]
@@ -280,14 +285,14 @@ def test_a_used_out_dir_is_refused_and_the_default_is_always_new(tmp_path, monke
     [
         ({"trainable_layers": "12"}, "ids 0 to 11"),
         ({"checkpoint_dir": "nowhere"}, "is no directory"),
-        ({"accelerator": "tpu"}, "cannot be used here"),
-        ({"devices": 0}, "cannot be used here"),
+        ({"place": PlaceArgs(accelerator="tpu")}, "cannot be used here"),
+        ({"place": PlaceArgs(devices=0)}, "cannot be used here"),
         ({"untie_embeddings": True, "trainable_layers": "1", "data": DataArgs(path="nowhere.json")}, "no data"),
         ({"data": DataArgs(max_seq_length=4096)}, "512 positions"),
         ({"train": TrainArgs(max_steps=3, lr_warmup_steps=4)}, "longer than the run"),
         ({"data": DataArgs(val_split_fraction=0), "eval": EvalArgs(patience=2)}, "need validation records"),
         ({"frozen": FrozenArgs(stream_frozen=True)}, "the embedding trains, so nothing below it is frozen"),
-        ({"frozen": FrozenArgs(cache="gpu"), "accelerator": "cpu"}, "this run is on the CPU"),
+        ({"frozen": FrozenArgs(cache="gpu"), "place": PlaceArgs(accelerator="cpu")}, "this run is on the CPU"),
         ({"frozen": FrozenArgs(fused_backward=True)}, "clipping needs all gradients"),
         ({"save": "delta"}, "everything trains, so that a delta would be the whole"),
         ({"data": DataArgs(val_split_fraction=0.2, val_path=VAL_FILE)}, "keep one"),

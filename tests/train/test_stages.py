@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from stops import ctrl_c_in_step
 from test_optim import OPTIMIZERS
 
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.data.args import DataArgs
 from litfreeze.data.batches import build_batch, epoch_order
 from litfreeze.data.prompt import Prompt
@@ -21,6 +22,7 @@ from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
 from litfreeze.freeze.args import FrozenArgs, ThawArgs
 from litfreeze.freeze.plan import block_of
+from litfreeze.place import PlaceArgs
 from litfreeze.prefix import prefix as prefix_module
 from litfreeze.train import stage as stage_module
 from litfreeze.train.args import EvalArgs, TrainArgs
@@ -108,7 +110,7 @@ def test_it_is_what_a_loop_by_hand_does(tmp_path, data, savings, monkeypatch):
     expected = by_hand(data)
     batches, frozen = SAVINGS[savings]
     finetune_full(
-        out_dir=tmp_path / "run", data=replace(data, **batches), train=TRAIN, eval=EVAL, precision="32-true",
+        out_dir=tmp_path / "run", data=replace(data, **batches), train=TRAIN, eval=EVAL, place=PlaceArgs("32-true"),
         thaw=ThawArgs(unfreeze=TIMES), frozen=FrozenArgs(**frozen), seed=SEED, save_dtype="float32",
     )  # fmt: skip
     assert stops == ([None] * 3 if savings == "plain" else [11, 9, 8])  # block 11 froze again, but had trained
@@ -219,5 +221,7 @@ def test_what_trains_in_full_beside_an_adapter_thaws_too(tmp_path, data):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_it_runs_in_every_precision(tmp_path, data, precision):
     train, thaw = replace(TRAIN, max_steps=12, lr=2e-3), ThawArgs(unfreeze="0:11; 3:10; 6:freeze 11; 9:11")
-    result = finetune_full(out_dir=tmp_path / "run", data=data, train=train, eval=EVAL, thaw=thaw, precision=precision)
+    result = finetune_full(
+        out_dir=tmp_path / "run", data=data, train=train, eval=EVAL, thaw=thaw, place=PlaceArgs(precision)
+    )
     assert result.outcome.after.loss < 0.9 * result.outcome.before.loss and not result.proof.frozen_that_changed

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from test_resume import EVAL, TRAIN, interrupt, records  # noqa: F401
 
 from litfreeze.checkpoint.compare import compare
-from litfreeze.checkpoint.directory import load_model, open_checkpoint
+from litfreeze.checkpoint.load import load_model
 from litfreeze.checkpoint.merge import fold, write_merged
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.data.args import DataArgs
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import RunError, UsageError
@@ -54,6 +55,7 @@ WAYS = {
 }
 
 
+@pytest.mark.painted
 @pytest.mark.parametrize("way", WAYS)
 def test_norms_add_up_and_drift_is_that_between_the_checkpoints(tmp_path, way):
     script, words, train = WAYS[way]

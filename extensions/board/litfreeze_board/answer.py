@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Optional
 
-from litfreeze.checkpoint.directory import open_checkpoint
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.demo import MODEL_DIR
 from litfreeze.generate.answer import Answer, Answerer, load_models
 from litfreeze.generate.sample import Sampling

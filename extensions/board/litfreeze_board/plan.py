@@ -11,7 +11,8 @@ from typing import Any, Optional
 import torch
 
 from litfreeze.__main__ import COMMANDS
-from litfreeze.checkpoint.directory import Checkpoint, open_checkpoint
+from litfreeze.checkpoint.checkpoint import Checkpoint
+from litfreeze.checkpoint.open import open_checkpoint
 from litfreeze.choose.rank import Ranking
 from litfreeze.choose.words import check_words, has_ranks, put_ids
 from litfreeze.cli import parse

@@ -1,4 +1,4 @@
-"""A checkpoint directory: open one of any kind, load a model from it.
+"""Opening a checkpoint directory of any kind.
 
 A litfreeze directory holds
     config.json             the Hugging Face config, so that identity has one spelling
@@ -8,176 +8,27 @@ A litfreeze directory holds
     tokenizer.json …        as they came
 Hugging Face and PEFT directories are opened the same way; their tensors are renamed and re-laid as they are read."""
 
-import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from torch import Tensor, nn
 
+from litfreeze.checkpoint.checkpoint import Checkpoint
 from litfreeze.checkpoint.convert.hf import HFTensors
 from litfreeze.checkpoint.convert.peft import PEFTTensors
 from litfreeze.checkpoint.convert.peft_config import PEFT_CONFIG
 from litfreeze.checkpoint.hub import located, origin
 from litfreeze.checkpoint.manifest import MANIFEST, STEMS, TRAINED, WHOLE, read_manifest
-from litfreeze.checkpoint.tensors import Layout, TensorDirectory, same_bits, sha256
+from litfreeze.checkpoint.tensors import TensorDirectory, same_bits, sha256
 from litfreeze.config import Config, language_config
 from litfreeze.errors import LitfreezeError, UsageError
 from litfreeze.hub import is_hub_name
 from litfreeze.json_file import read_json
-from litfreeze.lora import LoRA, add_lora, is_lora, linear_layers, model_parameters
-from litfreeze.model import GPT
-from litfreeze.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """An opened directory. `read` gives every parameter of its model, an adapter's included, mapped from disk."""
-
-    path: Path
-    tokenizer_dir: Path
-    hf_config: dict[str, Any]
-    config: Config
-    tensors: Mapping[str, Tensor]  # all of them or, over a base, those that stand in its place
-    dtypes: Mapping[str, torch.dtype]  # of `tensors`
-    manifest: Optional[dict[str, Any]] = None  # None: a plain Hugging Face or PEFT directory
-    aliases: Mapping[str, str] = field(default_factory=dict)  # of a whole one whose head has been untied
-    base: Optional["Checkpoint"] = None  # a whole checkpoint
-    lora: Optional[LoRA] = None
-
-    def read(self, name: str) -> Tensor:
-        """The parameter `name`, backed by its file."""
-        name = self.aliases.get(name, name)
-        return self.tensors[name] if self.base is None or name in self.tensors else self.base.read(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype that `name` is stored in."""
-        name = self.aliases.get(name, name)
-        return self.dtypes[name] if self.base is None or name in self.tensors else self.base.dtype(name)
-
-    def layout(self) -> Layout:
-        """dtype and shape of every parameter, in the model's order."""
-        return {n: (self.dtype(n), tuple(p.shape)) for n, p in model_parameters(self.config, self.lora).items()}
-
-    @property
-    def whole(self) -> "Checkpoint":
-        """The checkpoint beneath, if this one holds only what trained; else itself."""
-        return self if self.base is None else self.base
-
-    @property
-    def in_transformers(self) -> str:
-        """The model_type that transformers gives what this was read or converted from. It is another than the language
-        model's own where that is a part of one that also takes pictures, and gives its modules other names."""
-        if isinstance(self.tensors, HFTensors):
-            return self.tensors.model_type
-        return (self.manifest or {}).get("source_type") or self.hf_config["model_type"]
-
-    @property
-    def replaced(self) -> list[str]:
-        """Weights of the model that stand in place of the base's. (An adapter's tensors have no place there.)"""
-        return [] if self.base is None else [name for name in self.tensors if not is_lora(name)]
-
-    def tokenizer(self) -> Tokenizer:
-        """Raises UsageError if the directory has none."""
-        return Tokenizer.from_dir(self.tokenizer_dir)
-
-    def check_tokens(self, tokens: Iterable[int]) -> None:
-        """Raises UsageError if one of `tokens` has no embedding in this model."""
-        known = self.config.vocab_size
-        if (top := max(tokens, default=0)) >= known:
-            raise UsageError(
-                f"{self.path}: the tokenizer gives id {top}, but the model has {known} embeddings. "
-                "The tokenizer belongs to another model."
-            )
-
-    @property
-    def prompt(self) -> Optional[dict[str, Any]]:
-        """The prompt style this checkpoint was trained with, if it was trained here."""
-        manifest = self.manifest or (self.base and self.base.manifest) or {}
-        return manifest.get("prompt")
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The runs that made this checkpoint, oldest first: what stood in their manifests, without lists of tensors."""
-        manifest = self.manifest or (self.base and self.base.manifest) or {}
-        last = manifest.get("training")
-        runs = [{"kind": manifest.get("kind"), **last}] if last else []
-        return manifest.get("history", []) + [{k: v for k, v in run.items() if k != "trained"} for run in runs]
-
-    @cached_property
-    def tensor_hashes(self) -> Mapping[str, str]:
-        """sha256 of every tensor. On record in a litfreeze directory; of another every weight is read once."""
-        if self.manifest is not None and "tensors" in self.manifest:
-            own = self.manifest["tensors"]
-        else:
-            own = {name: sha256(self.tensors[name], self.dtypes[name]) for name in self.tensors}
-        hashes = own if self.base is None else {**self.base.tensor_hashes, **own}
-        return {**hashes, **{alias: hashes[name] for alias, name in self.aliases.items()}}
-
-    @cached_property
-    def weights_hash(self) -> str:
-        """sha256 over names, dtypes, shapes and contents, however they are stored: the same for a Hugging Face
-        directory and its converted copy, for what trained over its base and for the whole."""
-        if self.manifest is not None and "weights_hash" in self.manifest:
-            return self.manifest["weights_hash"]
-        layout = {name: entry for name, entry in self.layout().items() if name not in self.aliases}
-        return weights_hash(layout, self.tensor_hashes)
-
-    def hash_of_contents(self) -> str:
-        """`weights_hash`, with every weight read, whatever is on record."""
-        return replace(self, manifest=self.without_hashes()).weights_hash
-
-    def untied(self) -> "Checkpoint":
-        """The same checkpoint with a head of its own, which starts as a copy of the embedding."""
-        if not self.config.tie_embeddings:
-            raise UsageError(f"{self.path}: the head is not tied to the embedding, so there is nothing to untie.")
-        apart = replace(
-            self,
-            hf_config={**self.hf_config, "tie_word_embeddings": False},
-            config=replace(self.config, tie_embeddings=False),
-        )
-        if self.base is None:
-            return replace(apart, aliases={"head.weight": "embed.weight"})
-        tensors, dtypes = self.tensors, self.dtypes
-        if "embed.weight" in tensors:  # then the head begins as this embedding, and not as the base's
-            tensors = InMemory({**tensors, "head.weight": tensors["embed.weight"]})
-            dtypes = {**dtypes, "head.weight": dtypes["embed.weight"]}
-            apart = replace(apart, manifest=self.without_hashes())
-        return replace(apart, tensors=tensors, dtypes=dtypes, base=self.base.untied())
-
-    def with_lora(self, lora: LoRA, tensors: Mapping[str, Tensor]) -> "Checkpoint":
-        """The same checkpoint carrying an adapter of these `tensors`, in place of the one it may have had.
-
-        It goes by the path, prompt and history of what it was made from until it is written."""
-        own = {name: self.tensors[name] for name in self.replaced} | dict(tensors)
-        dtypes = {name: self.dtypes[name] if name in self.replaced else own[name].dtype for name in own}
-        made = {"tensors": InMemory(own), "dtypes": dtypes, "base": self.whole, "lora": lora, "aliases": {}}
-        return replace(self, **made, manifest=self.without_hashes())
-
-    def without_hashes(self) -> Optional[dict[str, Any]]:
-        """The manifest for what is made of this checkpoint in memory: its hashes are to be computed."""
-        return self.manifest and {k: v for k, v in self.manifest.items() if k not in ("weights_hash", "tensors")}
-
-
-class InMemory(dict):
-    """Tensors that no file holds yet, handed out as copies: as a file's, they stay what they are whatever trains."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        return super().__getitem__(name).clone()
-
-
-def began_from(checkpoint: Checkpoint) -> Optional[Checkpoint]:
-    """What a checkpoint stands over, or was trained from or merged into; None if that is nothing. Raises LitfreezeError
-    if it is not there any more."""
-    manifest = checkpoint.manifest or {}
-    if checkpoint.base is not None or "base" not in manifest:
-        return checkpoint.base
-    return open_beneath(checkpoint.path, manifest, None, False)
+from litfreeze.lora import LoRA, is_lora, linear_layers, model_parameters
 
 
 def paths_of(checkpoint_dir: Union[str, Path, list[str], None]) -> list[str]:
@@ -338,6 +189,15 @@ def open_beneath(path: Path, manifest: Mapping[str, Any], base_dir: Optional[Pat
     raise UsageError(f"{refused[0]}not {known['weights_hash'][:16]}…).{advice}")
 
 
+def began_from(checkpoint: Checkpoint) -> Optional[Checkpoint]:
+    """What a checkpoint stands over, or was trained from or merged into; None if that is nothing. Raises LitfreezeError
+    if it is not there any more."""
+    manifest = checkpoint.manifest or {}
+    if checkpoint.base is not None or "base" not in manifest:
+        return checkpoint.base
+    return open_beneath(checkpoint.path, manifest, None, False)
+
+
 def _has_config(place: Path) -> bool:
     """Whether a checkpoint may be there. What a file names as a place can be anything."""
     with suppress(OSError):  # a name that is too long, say
@@ -401,39 +261,3 @@ def _check_shapes(stored: TensorDirectory, shapes: Mapping[str, tuple[int, ...]]
         found, asked = list(stored.layout(name)[1]), list(shapes[name])
         if found != asked:
             raise UsageError(f"{stored.files[name].path}: {name} has shape {found}; config.json asks for {asked}.")
-
-
-def load_model(
-    checkpoint: Checkpoint,
-    dtype: Callable[[str], torch.dtype],
-    stream: Optional[torch.dtype] = None,
-    without: Collection[str] = (),
-    over: Optional[GPT] = None,
-) -> GPT:
-    """The model with its weights, `dtype(name)` telling each one's dtype and `stream` that of the residual stream (by
-    default the embedding's). The parameters `without` are left empty. With `over`, the model of the checkpoint's base,
-    what the checkpoint does not hold itself is not read: the parameters are those of `over`, the same objects.
-
-    Where that is the stored dtype and the tensor is stored as it is used, it stays backed by its file: it costs no
-    memory until it is used, and can be dropped and read again. Changing it in memory never changes the file."""
-    with torch.device("meta"):
-        model = GPT(checkpoint.config, stream)
-        if checkpoint.lora is not None:
-            add_lora(model, checkpoint.lora)
-    for name in list(dict(model.named_parameters())):
-        owner, _, attribute = name.rpartition(".")
-        if over is not None and name not in checkpoint.tensors:
-            setattr(model.get_submodule(owner), attribute, over.get_parameter(name))
-            continue
-        # A weight cut out of a fused one is a view with strides of its own, which fused optimizers do not honour
-        weight = torch.empty(0) if name in without else checkpoint.read(name).to(dtype(name)).contiguous()
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(weight, requires_grad=False))
-    if checkpoint.config.tie_embeddings:
-        model.head.weight = model.embed.weight
-    return model.eval()
-
-
-def weights_hash(layout: Layout, hashes: Mapping[str, str]) -> str:
-    """One hash for all weights, whatever order or shards they are stored in."""
-    lines = (f"{name} {layout[name][0]} {tuple(layout[name][1])} {hashes[name]}\n" for name in sorted(layout))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
