@@ -158,7 +158,9 @@ class Parser(jsonargparse.ArgumentParser):
         self.add_function_arguments(function, as_group=False, skip=set(self.flat))
         for group in self.flat.values():
             self.add_class_arguments(group, as_group=False)
-        hints = get_type_hints(function, include_extras=True)
+        hints = {}
+        for each in (function, *self.flat.values()):
+            hints |= get_type_hints(each, include_extras=True)
         for action in self._actions:  # kept out of the help: `--train CONFIG` and `--trainable_layers+`
             action.help = SUPPRESS if action.metavar == "CONFIG" else action.help
             action.option_strings = [word for word in action.option_strings if not word.endswith("+")]

@@ -114,7 +114,7 @@ def test_arguments_are_plain_python(monkeypatch):
     assert arguments["train"] == TrainArgs(lr=1e-4)
     assert arguments["data"] == DataArgs(path=Path("/home/someone/a.jsonl"))
     assert arguments["eval"] == EvalArgs(interval=5)
-    assert arguments["freeze_trainable_layers"] == -8
+    assert arguments["factory"].freeze_trainable_layers == -8
     assert arguments["checkpoint_dir"] is None
     assert full()["data"] == DataArgs()
 

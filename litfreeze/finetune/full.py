@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from litfreeze.data.args import DataArgs
-from litfreeze.freeze.args import FrozenArgs, RateArgs, ThawArgs
+from litfreeze.freeze.args import FactoryArgs, FrozenArgs, RateArgs, ThawArgs
 from litfreeze.freeze.layers import Layers, Names
 from litfreeze.place import PlaceArgs
 from litfreeze.train.args import SEED, EvalArgs, LogArgs, TrainArgs
@@ -23,11 +23,7 @@ def setup(
     trainable_modules: Names = None,
     trainable_extra: Names = None,
     untie_embeddings: bool = False,
-    freeze_trainable_layers: Optional[int] = None,
-    freeze_trainable_modules: Names = None,
-    freeze_extra_modules: Names = None,
-    freeze_trainable_layers_ids: Layers = None,
-    use_llama_pro: bool = False,
+    factory: FactoryArgs = FactoryArgs(),
     data: DataArgs = DataArgs(),
     train: TrainArgs = TrainArgs(),
     eval: EvalArgs = EvalArgs(),
@@ -56,11 +52,7 @@ def setup(
         trainable_modules: Inside those blocks only: attn, mlp, norm, q_proj, ...; a glob; or re:... on full names.
         trainable_extra: Also outside the blocks: embed, head, final_norm.
         untie_embeddings: Give a head that is tied to the embedding a copy of its own.
-        freeze_trainable_layers: LLaMA-Factory's word: n > 0 trains the last n blocks, n < 0 the first n.
-        freeze_trainable_modules: LLaMA-Factory's word for trainable_modules.
-        freeze_extra_modules: LLaMA-Factory's word for trainable_extra.
-        freeze_trainable_layers_ids: Block ids in the style of the LLaMA-Factory patches: 1,2,10.
-        use_llama_pro: With freeze_trainable_layers n: the last block of each of n equal groups, as there.
+        factory: LLaMA-Factory's words for what trains.
         data: The records to learn from.
         train: How long and how fast to train.
         eval: When to measure.
@@ -112,11 +104,7 @@ def made(given: Mapping[str, Any]):
         trainable_layers=o.trainable_layers,
         trainable_modules=o.trainable_modules,
         trainable_extra=o.trainable_extra,
-        freeze_trainable_layers=o.freeze_trainable_layers,
-        freeze_trainable_modules=o.freeze_trainable_modules,
-        freeze_extra_modules=o.freeze_extra_modules,
-        freeze_trainable_layers_ids=o.freeze_trainable_layers_ids,
-        use_llama_pro=o.use_llama_pro,
+        factory=o.factory,
         thaw=o.thaw,
     )
     if o.save != "full" and plan.trained == set(plan.sizes):

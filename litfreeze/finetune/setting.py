@@ -24,6 +24,7 @@ from litfreeze.data.hf_datasets import seen_from as data_from
 from litfreeze.demo import MODEL_DIR, TRAIN_DEFAULTS, TRAIN_FILE, VAL_FILE
 from litfreeze.errors import UsageError
 from litfreeze.finetune.recipe import as_fields, by_option, not_default, plain, recipe_yaml, told_to_logger
+from litfreeze.freeze.args import FactoryArgs
 from litfreeze.freeze.plan import FreezePlan
 from litfreeze.freeze.rates import with_rates
 from litfreeze.freeze.words import one_of, thawing_from_words
@@ -118,7 +119,8 @@ def ranked_layers(options: SimpleNamespace, checkpoint: Checkpoint) -> tuple[Sim
     nothing, and where another option says which blocks train."""
     if not has_ranks(options.trainable_layers):
         return options, []
-    others = {name: getattr(options, name, None) for name in ("freeze_trainable_layers", "freeze_trainable_layers_ids")}
+    theirs = getattr(options, "factory", FactoryArgs())
+    others = {name: getattr(theirs, name) for name in ("freeze_trainable_layers", "freeze_trainable_layers_ids")}
     one_of(trainable_layers=options.trainable_layers, unfreeze=options.thaw.unfreeze, **others)
     config = checkpoint.config
     ranked = partial(ranking, options, checkpoint)

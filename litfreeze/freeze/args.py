@@ -1,11 +1,12 @@
-"""Options about what is frozen: when it thaws, how fast it learns then, and how it is made cheap. No heavy import: the
-command line reads this file."""
+"""Options about what is frozen: LLaMA-Factory's words, when it thaws, how fast it learns then, how it is made cheap.
+No heavy import: the command line reads this file."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Optional, Union
 
 from litfreeze.errors import UsageError
+from litfreeze.freeze.layers import Layers, Names
 from litfreeze.sizes import parse_size
 
 
@@ -51,6 +52,27 @@ class FrozenArgs:
             raise UsageError(
                 f"--shard_frozen keeps nothing, and --cache {self.cache} asks for it. Leave one of them out."
             )
+
+
+@dataclass
+class FactoryArgs:
+    """LLaMA-Factory's words for what trains.
+
+    Args:
+        freeze_trainable_layers: LLaMA-Factory's word: n > 0 trains the last n blocks, n < 0 the first n.
+        freeze_trainable_modules: LLaMA-Factory's word for trainable_modules.
+        freeze_extra_modules: LLaMA-Factory's word for trainable_extra.
+        freeze_trainable_layers_ids: Block ids in the style of the LLaMA-Factory patches: 1,2,10.
+        use_llama_pro: With freeze_trainable_layers n: the last block of each of n equal groups, as there.
+    """
+
+    flat: ClassVar[bool] = True
+
+    freeze_trainable_layers: Optional[int] = None
+    freeze_trainable_modules: Names = None
+    freeze_extra_modules: Names = None
+    freeze_trainable_layers_ids: Layers = None
+    use_llama_pro: bool = False
 
 
 @dataclass

@@ -4,7 +4,7 @@ from typing import Any, Optional
 
 from litfreeze.config import Config
 from litfreeze.errors import UsageError
-from litfreeze.freeze.args import ThawArgs
+from litfreeze.freeze.args import FactoryArgs, ThawArgs
 from litfreeze.freeze.layers import Names, Spec, format_layers, parse_layers, spread
 from litfreeze.freeze.modules import narrow
 from litfreeze.freeze.plan import FreezePlan, block_of
@@ -40,11 +40,7 @@ def plan_from_words(
     trainable_layers: Optional[Spec] = None,
     trainable_modules: Names = None,
     trainable_extra: Names = None,
-    freeze_trainable_layers: Optional[int] = None,
-    freeze_trainable_modules: Names = None,
-    freeze_extra_modules: Names = None,
-    freeze_trainable_layers_ids: Optional[Spec] = None,
-    use_llama_pro: bool = False,
+    factory: FactoryArgs = FactoryArgs(),
     thaw: ThawArgs = ThawArgs(),
 ) -> FreezePlan:
     """The plan these words ask for; with no word at all, everything trains. It has all that trains at any time. The
@@ -53,14 +49,15 @@ def plan_from_words(
     Raises UsageError for words that contradict each other, and for all that `FreezePlan.choose` refuses."""
     layers = one_of(
         trainable_layers=trainable_layers,
-        freeze_trainable_layers=_llama_factorys_count(config, freeze_trainable_layers, use_llama_pro),
-        freeze_trainable_layers_ids=freeze_trainable_layers_ids,
+        freeze_trainable_layers=_llama_factorys_count(config, factory.freeze_trainable_layers, factory.use_llama_pro),
+        freeze_trainable_layers_ids=factory.freeze_trainable_layers_ids,
         unfreeze=thawing_layers(config, thaw),
     )
     if layers is None and thaw.lisa_layers is not None:
         layers = "all"
-    modules = _split(one_of(trainable_modules=trainable_modules, freeze_trainable_modules=freeze_trainable_modules))
-    extra = _split(one_of(trainable_extra=trainable_extra, freeze_extra_modules=freeze_extra_modules))
+    theirs = {"freeze_trainable_modules": factory.freeze_trainable_modules}
+    modules = _split(one_of(trainable_modules=trainable_modules, **theirs))
+    extra = _split(one_of(trainable_extra=trainable_extra, freeze_extra_modules=factory.freeze_extra_modules))
     if layers is None and modules is None and extra is None:
         return FreezePlan.everything(config)
     if layers is None and modules is None:

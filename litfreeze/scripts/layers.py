@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal, Optional
 
+from litfreeze.freeze.args import FactoryArgs
 from litfreeze.freeze.layers import Layers, Names
 from litfreeze.place import PrecisionName
 from litfreeze.train.args import SEED, TrainArgs
@@ -16,11 +17,7 @@ def setup(
     trainable_modules: Names = None,
     trainable_extra: Names = None,
     untie_embeddings: bool = False,
-    freeze_trainable_layers: Optional[int] = None,
-    freeze_trainable_modules: Names = None,
-    freeze_extra_modules: Names = None,
-    freeze_trainable_layers_ids: Layers = None,
-    use_llama_pro: bool = False,
+    factory: FactoryArgs = FactoryArgs(),
     precision: Optional[PrecisionName] = None,
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw",
     activation_checkpointing: bool = False,
@@ -38,11 +35,7 @@ def setup(
         trainable_modules: Inside those blocks only: attn, mlp, norm, q_proj, ...; a glob; or re:... on full names.
         trainable_extra: Also outside the blocks: embed, head, final_norm.
         untie_embeddings: Give a head that is tied to the embedding a copy of its own.
-        freeze_trainable_layers: LLaMA-Factory's word: n > 0 trains the last n blocks, n < 0 the first n.
-        freeze_trainable_modules: LLaMA-Factory's word for trainable_modules.
-        freeze_extra_modules: LLaMA-Factory's word for trainable_extra.
-        freeze_trainable_layers_ids: Block ids in the style of the LLaMA-Factory patches: 1,2,10.
-        use_llama_pro: With freeze_trainable_layers n: the last block of each of n equal groups, as there.
+        factory: LLaMA-Factory's words for what trains.
         precision: What the weights would be kept in; by default what this machine trains in.
         optimizer: As --train.optimizer.
         activation_checkpointing: As --train.activation_checkpointing.
@@ -82,11 +75,7 @@ def setup(
         trainable_layers=trainable_layers,
         trainable_modules=trainable_modules,
         trainable_extra=trainable_extra,
-        freeze_trainable_layers=freeze_trainable_layers,
-        freeze_trainable_modules=freeze_trainable_modules,
-        freeze_extra_modules=freeze_extra_modules,
-        freeze_trainable_layers_ids=freeze_trainable_layers_ids,
-        use_llama_pro=use_llama_pro,
+        factory=factory,
     )
     kept = PRECISIONS[precision or default_precision("auto")]
     tokens = micro_batch_size * max_seq_length

@@ -20,6 +20,7 @@ from litfreeze.config import Config
 from litfreeze.demo import MODEL_DIR
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune
+from litfreeze.freeze.args import FactoryArgs
 from litfreeze.freeze.words import plan_from_words
 from litfreeze.place import PlaceArgs
 from litfreeze.scripts.expand import setup as expand_command
@@ -79,10 +80,10 @@ def test_new_blocks_are_known_by_name_wherever_the_checkpoint_goes(tmp_path, cap
 def test_the_words_of_llama_factory_mean_the_same_blocks(tmp_path):
     expand_command(out_dir=tmp_path / "deep", new_blocks=4)
     config = open_checkpoint(tmp_path / "deep").config
-    theirs = plan_from_words(config, freeze_trainable_layers=4, use_llama_pro=True)
+    theirs = plan_from_words(config, factory=FactoryArgs(4, use_llama_pro=True))
     assert theirs.trained == plan_from_words(config, trainable_layers="new").trained
     plain = Config.from_file(MODEL_DIR / "config.json")  # their arithmetic alone, on any model
-    assert plan_from_words(plain, freeze_trainable_layers=3, use_llama_pro=True).layers == [3, 7, 11]
+    assert plan_from_words(plain, factory=FactoryArgs(3, use_llama_pro=True)).layers == [3, 7, 11]
 
 
 @pytest.mark.parametrize(
@@ -108,10 +109,10 @@ def test_what_does_not_come_out_is_refused(tmp_path, words, told):
     ("words", "told"),
     [
         ({"trainable_layers": "new"}, "litfreeze expand puts them in"),
-        ({"use_llama_pro": True}, "--freeze_trainable_layers, the number of new blocks"),
-        ({"use_llama_pro": True, "freeze_trainable_layers": 5}, "Choose from 1, 2, 3, 4, 6, 12"),
-        ({"use_llama_pro": True, "freeze_trainable_layers": -4}, "Choose from"),
-        ({"use_llama_pro": True, "freeze_trainable_layers": 4, "trainable_layers": "1"}, "say the same thing"),
+        ({"factory": FactoryArgs(use_llama_pro=True)}, "--freeze_trainable_layers, the number of new blocks"),
+        ({"factory": FactoryArgs(5, use_llama_pro=True)}, "Choose from 1, 2, 3, 4, 6, 12"),
+        ({"factory": FactoryArgs(-4, use_llama_pro=True)}, "Choose from"),
+        ({"factory": FactoryArgs(4, use_llama_pro=True), "trainable_layers": "1"}, "say the same thing"),
     ],
 )
 def test_words_about_new_blocks_that_fit_nothing_are_refused(words, told):
@@ -123,7 +124,7 @@ def test_another_count_than_that_of_the_new_blocks_is_refused(tmp_path):
     expand_command(out_dir=tmp_path / "deep", new_blocks=4)
     config = open_checkpoint(tmp_path / "deep").config
     with pytest.raises(UsageError, match="Say --trainable_layers new"):
-        plan_from_words(config, freeze_trainable_layers=8, use_llama_pro=True)
+        plan_from_words(config, factory=FactoryArgs(8, use_llama_pro=True))
 
 
 @pytest.mark.parametrize("ids", [[1, 1], [2, 1], [12], [-1], ["1"], "1", [True]])

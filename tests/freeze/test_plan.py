@@ -11,6 +11,7 @@ from litfreeze.config import Config
 from litfreeze.data.batches import build_batch
 from litfreeze.data.shelf import Sample
 from litfreeze.errors import RunError, UsageError
+from litfreeze.freeze.args import FactoryArgs
 from litfreeze.freeze.layers import format_layers
 from litfreeze.freeze.memory import Thrift, estimate_memory
 from litfreeze.freeze.plan import FreezePlan, block_of
@@ -89,12 +90,16 @@ def test_learned_positions_go_with_the_embedding():
             {"freeze_trainable_layers": 2, "freeze_trainable_modules": "all", "freeze_extra_modules": "norm"},
             {"trainable_layers": "-2:", "trainable_extra": "final_norm"},
         ),
-        ({"freeze_extra_modules": "lm_head,embed_tokens", "trainable_layers": "none"},
-         {"trainable_extra": "head,embed", "trainable_layers": "none"}),
     ],
-)  # fmt: skip
+)
 def test_llama_factorys_words_mean_the_same(theirs, ours):
-    assert plan_from_words(TIED, **theirs).trained == plan_from_words(TIED, **ours).trained
+    found = plan_from_words(TIED, factory=FactoryArgs(**theirs))
+    assert found.trained == plan_from_words(TIED, **ours).trained
+
+
+def test_beside_ours_too():
+    found = plan_from_words(TIED, "none", factory=FactoryArgs(freeze_extra_modules="lm_head,embed_tokens"))
+    assert found.trained == plan_from_words(TIED, "none", trainable_extra="head,embed").trained
 
 
 @pytest.mark.parametrize(
@@ -111,10 +116,10 @@ def test_llama_factorys_words_mean_the_same(theirs, ours):
         ({"trainable_layers": "1", "trainable_extra": "haed"}, "Did you mean 'head'"),
         ({"trainable_layers": "1", "trainable_extra": "head"}, "--untie_embeddings"),
         ({"trainable_extra": "embed"}, "needs --trainable_layers"),
-        ({"trainable_layers": "1", "freeze_trainable_layers": 2}, "say the same thing"),
-        ({"trainable_modules": "mlp", "freeze_trainable_modules": "mlp"}, "say the same thing"),
-        ({"freeze_trainable_layers": 0}, "n > 0"),
-        ({"freeze_trainable_layers": 13}, "this model has 12"),
+        ({"trainable_layers": "1", "factory": FactoryArgs(2)}, "say the same thing"),
+        ({"trainable_modules": "mlp", "factory": FactoryArgs(freeze_trainable_modules="mlp")}, "say the same thing"),
+        ({"factory": FactoryArgs(0)}, "n > 0"),
+        ({"factory": FactoryArgs(13)}, "this model has 12"),
     ],
 )
 def test_contradictions_and_nonsense_are_refused(words, told):
