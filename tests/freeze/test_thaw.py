@@ -8,7 +8,7 @@ from litfreeze.config import Config
 from litfreeze.errors import UsageError
 from litfreeze.finetune.full import setup as finetune_full
 from litfreeze.finetune.lora import setup as finetune_lora
-from litfreeze.freeze.args import ThawArgs
+from litfreeze.freeze.args import FactoryArgs, ThawArgs
 from litfreeze.freeze.plan import FreezePlan, block_of
 from litfreeze.freeze.thaw import Lisa, Unfreezing, stages
 from litfreeze.presets import PRESETS
@@ -168,7 +168,7 @@ def test_options_that_contradict_each_other(words, told):
     ("script", "words", "told"),
     [
         (finetune_full, {"trainable_layers": "10"}, "--trainable_layers and --unfreeze say the same thing"),
-        (finetune_full, {"freeze_trainable_layers": 2}, "--freeze_trainable_layers and --unfreeze say the same"),
+        (finetune_full, {"factory": FactoryArgs(2)}, "--freeze_trainable_layers and --unfreeze say the same"),
         (finetune_lora, {"trainable_layers": "10"}, "--unfreeze and --trainable_layers both say which blocks train"),
         (finetune_lora, {"full_layers": "9"}, "block 9 is to train, and never thaws"),
         (finetune_full, {"train_steps": 3}, "20:10: that is step 20, and the run has 3"),
