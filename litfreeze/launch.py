@@ -47,7 +47,7 @@ def build_fabric(place: PlaceArgs) -> tuple[Fabric, Precision]:
         where |= {"plugins": _scaling(fabric.device, strategy)} if name == "16-mixed" else {"precision": name}
         chosen = strategy if fabric.world_size > 1 else "auto"
         fabric = Fabric(**where, strategy=Sharded(chosen, fabric.world_size) if chosen.startswith("fsdp") else chosen)
-    except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"--accelerator {accelerator} --devices {devices} cannot be used here: {reason}") from None
     if fabric.world_size > 1 and hasattr(sys, "ps1"):  # a prompt of Python's, as a notebook's kernel has

@@ -287,6 +287,7 @@ def test_a_used_out_dir_is_refused_and_the_default_is_always_new(tmp_path, monke
         ({"checkpoint_dir": "nowhere"}, "is no directory"),
         ({"place": PlaceArgs(accelerator="tpu")}, "cannot be used here"),
         ({"place": PlaceArgs(devices=0)}, "cannot be used here"),
+        ({"place": PlaceArgs(devices="x")}, "cannot be used here"),
         ({"untie_embeddings": True, "trainable_layers": "1", "data": DataArgs(path="nowhere.json")}, "no data"),
         ({"data": DataArgs(max_seq_length=4096)}, "512 positions"),
         ({"train": TrainArgs(max_steps=3, lr_warmup_steps=4)}, "longer than the run"),
