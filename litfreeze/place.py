@@ -22,7 +22,7 @@ class PlaceArgs:
     """
 
     flat: ClassVar[bool] = True  # on the command line these options have no group's name before them
-    # A run may go on with others, and learns the same
+    # A run may go on with others, and learns the same but for rounding
     exact: ClassVar[tuple[str, ...]] = ("accelerator", "devices", "num_nodes", "strategy")
 
     precision: Optional[PrecisionName] = None
